@@ -1,0 +1,36 @@
+# Everything a person runs by hand, and the same commands that CI runs.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+JOBS   ?= 2
+
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help run test check lint types bench clean
+
+help:            ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+
+$(BIN)/launch: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	@touch $(BIN)/launch
+
+run: $(BIN)/launch   ## install, then train the digits example on 4 ranks
+	$(BIN)/launch --procs 4 examples/digits.py
+
+test: $(BIN)/launch  ## install, then the everyday test suite
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -m "not soak and not gpu"
+
+check: lint types    ## ruff and mypy strict
+
+lint: $(BIN)/launch
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(BIN)/launch
+	$(BIN)/mypy
+
+clean:           ## remove what the build left (never your runs)
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
