@@ -1,0 +1,47 @@
+"""Everything that `trainer` raises, split by what the reader can do about it.
+
+    TrainerError
+    |-- ConfigError        an argument is wrong, or contradicts another: change the call
+    |-- RanksError         the environment of the ranks is contradictory: change how the job is started
+    |-- ModuleError        the user's Module misses or misuses something: change the module
+    |-- LoggingError       `self.log` was used in a way that cannot give one number
+    |-- DataError          a loader, sampler or dataset cannot be used as asked: change the data
+    |-- CheckpointError    a checkpoint cannot be written, found or read
+    |-- DistributedError   the ranks did not meet, or one of them is gone: look at the other ranks
+
+A message says what was given, what is allowed, and what to do.
+"""
+
+from __future__ import annotations
+
+
+class TrainerError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class ConfigError(TrainerError, ValueError):
+    """An argument has a value that is not allowed, or that contradicts another argument."""
+
+
+class RanksError(TrainerError):
+    """The environment does not describe one consistent set of ranks."""
+
+
+class ModuleError(TrainerError):
+    """A Module or DataModule misses a method, or uses one in a way that is not possible."""
+
+
+class LoggingError(TrainerError):
+    """Values were logged that cannot be reduced to one number per name."""
+
+
+class DataError(TrainerError):
+    """A loader, sampler or dataset cannot be used in the way that was asked for."""
+
+
+class CheckpointError(TrainerError):
+    """A checkpoint cannot be written, found, verified or read."""
+
+
+class DistributedError(TrainerError):
+    """The ranks did not meet, disagree, or lost one of them."""
