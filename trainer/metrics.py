@@ -1,0 +1,591 @@
+"""`self.log`: values are kept where they are, and reduced when they are reported.
+
+A logged value costs a dictionary look-up and an addition. Nothing is sent, formatted or copied between devices until
+a report: the step report every `log_every_n_steps`, the end of a training epoch, the end of an evaluation. A report
+is one exchange between the ranks however many values there are, and its first numbers say which names a rank logged,
+so that ranks which logged different names get an error instead of mixed numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import numbers
+from dataclasses import fields, is_dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from trainer.errors import LoggingError
+from trainer.ranks import rank_zero_warn
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from trainer.distributed import World
+
+# Hook -> (report each step by default, report the epoch by default). A hook that is not here cannot log.
+_PER_STEP, _PER_EPOCH = (True, False), (False, True)
+_TRAINING_STEP_HOOKS = (
+    "training_step", "on_train_batch_start", "on_train_batch_end", "on_before_zero_grad", "optimizer_zero_grad",
+    "on_before_backward", "backward", "on_after_backward", "on_before_optimizer_step", "optimizer_step",
+    "configure_gradient_clipping",
+)  # fmt: skip
+_EVALUATION_STEP_HOOKS = (
+    "validation_step", "on_validation_batch_start", "on_validation_batch_end",
+    "test_step", "on_test_batch_start", "on_test_batch_end",
+)  # fmt: skip
+_EPOCH_HOOKS = (
+    "on_train_start", "on_train_epoch_start", "on_train_epoch_end",
+    "on_validation_start", "on_validation_epoch_start", "on_validation_epoch_end",
+    "on_test_start", "on_test_epoch_start", "on_test_epoch_end",
+)  # fmt: skip
+LEVELS: dict[str, tuple[bool, bool]] = (
+    dict.fromkeys(_TRAINING_STEP_HOOKS, _PER_STEP)
+    | dict.fromkeys(_EVALUATION_STEP_HOOKS, _PER_EPOCH)
+    | dict.fromkeys(_EPOCH_HOOKS, _PER_EPOCH)
+)
+
+_REDUCTIONS = {
+    "mean": "mean", "avg": "mean", "sum": "sum", "min": "min", "max": "max",
+    torch.mean: "mean", torch.sum: "sum", torch.min: "min", torch.max: "max", sum: "sum", min: "min", max: "max",
+}  # fmt: skip
+
+# Values of tensors on an accelerator that wait to be added up there in one kernel.
+_PENDING = 128
+# Length of the first exchange; it grows once ranks have agreed that they log more.
+_CAPACITY = 64
+
+
+class Entry:
+    """One logged name of one hook: how it is reported, and what has been seen of it in this epoch."""
+
+    __slots__ = (
+        "add_suffix", "dataloader_idx", "dtype", "hook", "label", "last", "logger", "metric", "name", "on_epoch",
+        "on_step", "options", "pending", "pending_sizes", "prog_bar", "rank_zero_only", "reduce", "seen",
+        "sync_epoch", "sync_step", "total", "weight",
+    )  # fmt: skip
+
+    def __init__(self, hook: str, name: str, dataloader_idx: int | None, label: str, options: tuple[Any, ...]) -> None:
+        self.hook = hook
+        self.name = name
+        self.dataloader_idx = dataloader_idx
+        self.label = label
+        self.options = options
+        self.metric: Any = None
+        self.dtype = torch.float32
+        self.reduce = "mean"
+        self.on_step = self.on_epoch = self.prog_bar = self.logger = self.add_suffix = True
+        self.sync_step = self.sync_epoch = self.rank_zero_only = False
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget what has been seen."""
+        self.seen = False
+        self.last: Any = None
+        self.total: float = {"min": float("inf"), "max": float("-inf")}.get(self.reduce, 0.0)
+        self.weight: float = 0.0
+        self.pending: list[Tensor] = []
+        self.pending_sizes: list[float] = []
+
+    def names(self, on_step: bool) -> tuple[str, str]:
+        """The plain name and the name under which it is reported, with the loader's suffix if there are several."""
+        suffix = f"/dataloader_idx_{self.dataloader_idx}" if self.add_suffix and self.dataloader_idx is not None else ""
+        forked = f"{self.name}_{'step' if on_step else 'epoch'}" if self.on_step and self.on_epoch else self.name
+        return self.name + suffix, forked + suffix
+
+    def add(self, number: float, size: float) -> None:
+        """Take one value into the epoch's reduction; a size of 0 is a padding rank's copy and does not count."""
+        if self.reduce == "mean":
+            self.total += number * size
+            self.weight += size
+        elif size:
+            self.weight = 1.0
+            if self.reduce == "sum":
+                self.total += number
+            else:
+                self.total = min(self.total, number) if self.reduce == "min" else max(self.total, number)
+
+    def drain(self) -> None:
+        """Bring the values that wait on an accelerator into the running reduction: one wait for the device."""
+        if not self.pending:
+            return
+        values = torch.stack([v.reshape(()) for v in self.pending]).double().tolist()
+        for number, size in zip(values, self.pending_sizes, strict=True):
+            self.add(number, size)
+        self.pending, self.pending_sizes = [], []
+
+
+class Metrics:
+    """Everything that was logged in one call of fit, validate or test.
+
+    The loop says where it is (`hook`, `batch`, `dataloader_idx`, `enter`), `log` records, and the three reports
+    reduce. `callback_metrics`, `logged_metrics` and `progress_bar_metrics` are made when somebody reads them.
+    """
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.hook: str | None = None
+        self.dataloader_idx: int | None = None
+        self.batch: Any = None
+        self.batch_size: float | None = None
+        self.weight = 1.0
+        self.training = True
+        self._entries: dict[tuple[Any, ...], Entry] = {}
+        self._sections: dict[str, dict[tuple[Any, ...], Entry]] = {"train": self._entries}
+        self._section = "train"
+        self._restored: dict[str, dict[str, Any]] = {}
+        self._unread = False
+        self._callback: dict[str, Tensor] = {}
+        self._logged: dict[str, Tensor] = {}
+        self._progress: dict[str, float] = {}
+        self._capacity = _CAPACITY
+        self._steps_are_synced: bool | None = None
+
+    # -------------------------------------------------------------------------------------- recording
+
+    def log(
+        self,
+        name: str,
+        value: Any,
+        prog_bar: bool,
+        logger: bool | None,
+        on_step: bool | None,
+        on_epoch: bool | None,
+        reduce_fx: Any,
+        sync_dist: bool | None,
+        sync_dist_group: Any,
+        add_dataloader_idx: bool,
+        batch_size: float | None,
+        rank_zero_only: bool,
+    ) -> None:
+        """Record one value; see `Module.log` for the arguments."""
+        key = (
+            name, self.hook, self.dataloader_idx, prog_bar, logger, on_step, on_epoch, reduce_fx, sync_dist,
+            add_dataloader_idx, rank_zero_only,
+        )  # fmt: skip
+        entry = self._entries.get(key)
+        if entry is None:
+            entry = self._declare(key, value, sync_dist_group)
+        entry.seen = self._unread = True
+        if entry.metric is not None:
+            entry.metric = value
+            entry.last = value._forward_cache
+            return
+        if isinstance(value, Tensor):
+            if value.numel() != 1:
+                raise LoggingError(
+                    f"self.log({name!r}, ...) was given a tensor of shape {tuple(value.shape)}; one number is needed. "
+                    "Reduce it first, e.g. value.mean()."
+                )
+            if not value.is_cpu or type(value) is not Tensor:
+                self._log_on_device(entry, value, batch_size)
+                return
+            value = value.item()
+        if entry.on_step:
+            entry.last = value
+        if entry.on_epoch:
+            if batch_size is None:
+                # Only a mean is weighted; measuring the batch may fail on odd ones.
+                size = (self.batch_size or self._measure_batch()) if entry.reduce == "mean" else self.weight
+            else:
+                size = batch_size * self.weight
+            if entry.reduce == "mean":
+                entry.total += value * size
+                entry.weight += size
+            else:
+                entry.add(value, size)
+
+    def _log_on_device(self, entry: Entry, value: Tensor, batch_size: float | None) -> None:
+        """Record a value that lives on an accelerator, without waiting for it."""
+        value = value.detach()
+        if hasattr(value, "full_tensor"):  # a DTensor: its parts are on several ranks
+            value = value.full_tensor()
+        # The copy keeps the number even if the caller goes on adding to its tensor in place.
+        value = value.reshape(()).to(torch.float32 if value.dtype != torch.float64 else torch.float64, copy=True)
+        if entry.on_step:
+            entry.last = value
+        if entry.on_epoch:
+            if batch_size is None:
+                size = (self.batch_size or self._measure_batch()) if entry.reduce == "mean" else self.weight
+            else:
+                size = batch_size * self.weight
+            entry.pending.append(value)
+            entry.pending_sizes.append(size)
+            if len(entry.pending) >= _PENDING:
+                entry.drain()
+
+    def _measure_batch(self) -> float:
+        """Samples in the current batch, without a padding rank's copies."""
+        self.batch_size = batch_size_of(self.batch) * self.weight if self.batch is not None else self.weight
+        return self.batch_size
+
+    def _declare(self, key: tuple[Any, ...], value: Any, sync_dist_group: Any) -> Entry:
+        """Check a name that is logged for the first time, or with other arguments than before."""
+        name, hook, dataloader_idx, prog_bar, logger, on_step, on_epoch, reduce_fx, sync, add_idx, zero_only = key
+        if hook not in LEVELS:
+            where = f"inside {hook}()" if hook else "outside of the hooks that the Trainer calls"
+            raise LoggingError(
+                f"self.log({name!r}, ...) is not possible {where}. Write to the logger itself: "
+                "self.logger.log_metrics({...}) or self.logger.experiment."
+            )
+        if not isinstance(name, str):
+            raise LoggingError(f"self.log() was given the name {name!r}; it must be a str.")
+        if add_idx and "/dataloader_idx_" in name:
+            raise LoggingError(
+                f"self.log({name!r}, ...): the loader's number is appended for you; leave it out, or pass "
+                "add_dataloader_idx=False."
+            )
+        if sync_dist_group is not None:
+            raise LoggingError(f"self.log({name!r}, ..., sync_dist_group=...) is not supported; leave it out.")
+        try:
+            reduce = _REDUCTIONS[reduce_fx.lower() if isinstance(reduce_fx, str) else reduce_fx]
+        except (KeyError, TypeError):
+            raise LoggingError(
+                f"self.log({name!r}, ..., reduce_fx={reduce_fx!r}). Allowed: mean, sum, min, max. For another "
+                "reduction log a torchmetrics object."
+            ) from None
+        by_step, by_epoch = LEVELS[hook]
+        by_step = by_step if on_step is None else on_step
+        by_epoch = by_epoch if on_epoch is None else on_epoch
+        if hook in _EPOCH_HOOKS and (by_step or not by_epoch):
+            raise LoggingError(f"self.log({name!r}, on_step=..., on_epoch=...): {hook}() can log on_epoch only.")
+        if not by_step and not by_epoch:
+            raise LoggingError(f"self.log({name!r}, on_step=False, on_epoch=False) would never be reported.")
+        label = f"{hook}:{name}" if dataloader_idx is None or not add_idx else f"{hook}:{name}:{dataloader_idx}"
+        if not add_idx:
+            # One entry for all loaders, under one name; the user promises that the name says which loader it is.
+            dataloader_idx = None
+        for known in self._entries.values():
+            if known.label == label:
+                if known.options == key[3:]:
+                    self._entries[key] = known
+                    return known
+                raise LoggingError(
+                    f"self.log({name!r}, ...) was called twice in {hook}() with different arguments. Use one set of "
+                    "arguments, or two names."
+                )
+        entry = Entry(hook, name, dataloader_idx, label, key[3:])
+        if isinstance(value, Tensor):
+            entry.dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
+        elif isinstance(value, numbers.Number):
+            entry.dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+        elif hasattr(value, "_forward_cache") and hasattr(value, "compute"):
+            entry.metric = value
+        else:
+            raise LoggingError(
+                f"self.log({name!r}, ...) was given a {type(value).__name__}. Allowed: a number, a tensor of one "
+                "element, a torchmetrics object. For a dict use self.log_dict()."
+            )
+        entry.on_step, entry.on_epoch = by_step, by_epoch
+        entry.prog_bar, entry.logger, entry.add_suffix = prog_bar, logger is None or bool(logger), add_idx
+        entry.reduce = reduce
+        entry.rank_zero_only = zero_only
+        entry.sync_epoch = not zero_only and sync is not False and entry.metric is None
+        entry.sync_step = not zero_only and bool(sync) and entry.metric is None
+        entry.reset()
+        self._restore(entry)
+        self._entries[key] = entry
+        return entry
+
+    # ----------------------------------------------------------------------------- where the loop is
+
+    def enter(self, section: str) -> None:
+        """Go on in the training values ("train") or in those of an evaluation, whose old values are forgotten."""
+        self._read_steps()
+        self._section = section
+        self.training = section == "train"
+        self._entries = self._sections.setdefault(section, {})
+        if not self.training:
+            self.reset()
+        self.batch = self.batch_size = self.dataloader_idx = None
+        self.weight = 1.0
+
+    def reset(self) -> None:
+        """Forget the values of the current section: a new epoch begins."""
+        for entry in self._distinct():
+            if entry.metric is not None and entry.seen and entry.on_epoch:
+                entry.metric.reset()
+            entry.reset()
+        self._unread = False
+
+    def forget(self) -> None:
+        """Forget everything that callbacks and bars could read, e.g. after the sanity check."""
+        self._callback, self._logged, self._progress = {}, {}, {}
+        self._unread = False
+
+    def _distinct(self) -> list[Entry]:
+        return list({id(e): e for e in self._entries.values()}.values())
+
+    # ------------------------------------------------------------------------------------- the reports
+
+    def step_report(self) -> dict[str, float]:
+        """The last value of everything logged per step, for the loggers.
+
+        Values with sync_dist=True are averaged over the ranks in one exchange. Whether there are such values must
+        be the same on all ranks: the first report asks. One that turns up later, where there were none, is left out
+        until the epoch's end, where ranks compare names again; so a rank never waits alone.
+        """
+        entries = [e for e in self._distinct() if e.on_step and e.seen and e.last is not None]
+        values = _to_floats([e.last for e in entries])
+        if self.world.size > 1:
+            synced = [i for i, e in enumerate(entries) if e.sync_step]
+            if self._steps_are_synced is not False:
+                means = self._means_over_ranks([entries[i] for i in synced], [values[i] for i in synced])
+                for i, mean in zip(synced, means, strict=True):
+                    values[i] = entries[i].last = mean
+                self._steps_are_synced = bool(synced)
+            elif synced:
+                entries, values = zip_drop(entries, values, synced)
+        return {e.names(on_step=True)[1]: v for e, v in zip(entries, values, strict=True) if e.logger}
+
+    def _means_over_ranks(self, entries: list[Entry], values: list[float]) -> list[float]:
+        order = sorted(range(len(entries)), key=lambda i: entries[i].label)
+        flat = [x for i in order for x in (values[i] * self.weight, self.weight)]
+        ranks = self._exchange([entries[i].label for i in order], flat)
+        means = [0.0] * len(entries)
+        for place, i in enumerate(order):
+            weight = sum(r[2 * place + 1] for r in ranks)
+            means[i] = sum(r[2 * place] for r in ranks) / weight if weight else values[i]
+        return means
+
+    def evaluation_step_report(self) -> dict[str, float]:
+        """What an evaluation step logged with on_step=True (rank 0's own values)."""
+        entries = [
+            e for e in self._distinct()
+            if e.on_step and e.seen and e.last is not None and e.logger and e.dataloader_idx == self.dataloader_idx
+        ]  # fmt: skip
+        values = _to_floats([e.last for e in entries])
+        return {e.names(on_step=True)[1]: v for e, v in zip(entries, values, strict=True)}
+
+    def epoch_report(self, hooks: Iterable[str] | None = None, *, keep: bool = True) -> list[tuple[Entry, Tensor]]:
+        """Reduce what was logged per epoch (by the given hooks only, if given), in one exchange.
+
+        The results are put where callbacks read them, unless `keep` is false, and returned.
+        """
+        chosen = None if hooks is None else set(hooks)
+        self._read_steps()
+        entries = [
+            e for e in self._distinct() if e.on_epoch and e.seen and (chosen is None or e.hook in chosen)
+        ]  # fmt: skip
+        entries.sort(key=lambda e: e.label)
+        plain = [e for e in entries if e.metric is None]
+        for entry in plain:
+            entry.drain()
+        results: dict[int, Tensor] = {}
+        synced = [e for e in plain if e.sync_epoch]
+        if self.world.size > 1:
+            ranks = self._exchange([e.label for e in synced], [x for e in synced for x in (e.total, e.weight)])
+            for place, entry in enumerate(synced):
+                parts = [(r[2 * place], r[2 * place + 1]) for r in ranks]
+                results[id(entry)] = _finish(entry, *_combine(entry.reduce, parts))
+        for entry in plain:
+            if id(entry) not in results and (self.world.is_global_zero or not entry.rank_zero_only):
+                results[id(entry)] = _finish(entry, entry.total, entry.weight)
+        for entry in entries:
+            if entry.metric is not None:
+                results[id(entry)] = _compute(entry)
+        reported = [(e, results[id(e)]) for e in entries if id(e) in results]
+        if keep:
+            for entry, value in reported:
+                self._publish(entry, value, on_step=False)
+        return reported
+
+    def _exchange(self, labels: list[str], values: list[float]) -> list[list[float]]:
+        """Every rank's values, in rank order; an error if the ranks do not hold the same labels.
+
+        The first numbers are a digest of the labels and the count of values; the length is one that all ranks have
+        agreed on before, so that a rank with other names still meets the others in the same collective.
+        """
+        digest = int.from_bytes(hashlib.blake2b("\n".join(labels).encode(), digest_size=6).digest(), "little")
+        head = [float(digest & 0xFFFFFF), float(digest >> 24), float(len(values))]
+        capacity = self._capacity
+        ranks = self._gather(head + values[:capacity] + [0.0] * (capacity - len(values)))
+        if any(r[:3] != head for r in ranks) or any(r[:3] != ranks[0][:3] for r in ranks):
+            raise LoggingError(_different_names(self.world.gather(labels)))
+        found = [r[3 : 3 + min(len(values), capacity)] for r in ranks]
+        if len(values) > capacity:
+            for mine, rest in zip(found, self._gather(values[capacity:]), strict=True):
+                mine.extend(rest)
+            self._capacity = len(values)
+        return found
+
+    def _gather(self, values: list[float]) -> list[list[float]]:
+        device = self.world.device
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        mine = torch.tensor(values, dtype=dtype, device=device)
+        everyone = torch.empty(self.world.size * len(values), dtype=dtype, device=device)
+        torch.distributed.all_gather_into_tensor(everyone, mine)
+        found: list[list[float]] = everyone.view(self.world.size, len(values)).tolist()
+        return found
+
+    # ------------------------------------------------------------------------------ what others read
+
+    def _read_steps(self) -> None:
+        """Bring the last step values to where callbacks and bars read them."""
+        if not self._unread:
+            return
+        self._unread = False
+        entries = [
+            e for e in self._distinct()
+            if e.on_step and e.seen and e.last is not None and (self.training or e.dataloader_idx == self.dataloader_idx)
+        ]  # fmt: skip
+        for entry, value in zip(entries, _to_floats([e.last for e in entries]), strict=True):
+            self._publish(entry, torch.tensor(value, dtype=entry.dtype), on_step=True)
+
+    def _publish(self, entry: Entry, value: Tensor, *, on_step: bool) -> None:
+        name, reported = entry.names(on_step)
+        if entry.logger:
+            self._logged[reported] = value
+        if not entry.rank_zero_only and (self.training or not on_step):
+            self._callback[name] = self._callback[reported] = value
+        if entry.prog_bar:
+            self._progress[reported] = value.item()
+
+    @property
+    def callback_metrics(self) -> dict[str, Tensor]:
+        """The newest value of every name."""
+        self._read_steps()
+        return self._callback
+
+    @property
+    def logged_metrics(self) -> dict[str, Tensor]:
+        """The newest value of every name that loggers get."""
+        self._read_steps()
+        return self._logged
+
+    @property
+    def progress_bar_metrics(self) -> dict[str, float]:
+        """The newest value of every name logged with prog_bar=True."""
+        self._read_steps()
+        return self._progress
+
+    # --------------------------------------------------------------------------------- the checkpoint
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's half-finished training epoch, and what callbacks could read."""
+        entries = {}
+        for entry in {id(e): e for e in self._sections["train"].values()}.values():
+            if entry.seen and entry.metric is None:
+                entry.drain()
+                last = _to_floats([entry.last])[0] if entry.last is not None else None
+                entries[entry.label] = {"last": last, "total": entry.total, "weight": entry.weight}
+        return {"entries": entries, "callback": dict(self.callback_metrics)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict`; an entry takes its part when its name is logged again."""
+        self._restored = {k: dict(v) for k, v in state["entries"].items()}
+        self._callback = dict(state["callback"])
+
+    def _restore(self, entry: Entry) -> None:
+        saved = self._restored.pop(entry.label, None) if self._section == "train" else None
+        if saved is not None and entry.metric is None:
+            entry.last, entry.total, entry.weight = saved["last"], saved["total"], saved["weight"]
+
+
+def zip_drop(entries: list[Entry], values: list[float], left_out: list[int]) -> tuple[list[Entry], list[float]]:
+    """Both lists without the given places."""
+    keep = [i for i in range(len(entries)) if i not in set(left_out)]
+    return [entries[i] for i in keep], [values[i] for i in keep]
+
+
+def _to_floats(values: list[Any]) -> list[float]:
+    """Numbers and one-element tensors as floats, waiting for an accelerator once for all of them."""
+    tensors = [i for i, v in enumerate(values) if isinstance(v, Tensor)]
+    out = [0.0 if isinstance(v, Tensor) else float(v) for v in values]
+    if tensors:
+        device = values[tensors[0]].device
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        stacked = torch.stack([values[i].detach().reshape(()).to(device=device, dtype=dtype) for i in tensors])
+        for i, number in zip(tensors, stacked.tolist(), strict=True):
+            out[i] = number
+    return out
+
+
+def _combine(reduce: str, parts: list[tuple[float, float]]) -> tuple[float, float]:
+    """The ranks' (total, weight) as one; a rank of weight 0 has seen nothing."""
+    counted = [(total, weight) for total, weight in parts if weight]
+    if not counted:
+        return parts[0]
+    if reduce in ("mean", "sum"):
+        return sum(total for total, _ in counted), sum(weight for _, weight in counted)
+    return (min if reduce == "min" else max)(total for total, _ in counted), 1.0
+
+
+def _finish(entry: Entry, total: float, weight: float) -> Tensor:
+    if entry.reduce == "mean":
+        total = total / weight if weight else float("nan")
+    return torch.tensor(total, dtype=entry.dtype)
+
+
+def _compute(entry: Entry) -> Tensor:
+    value = entry.metric.compute()
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        raise LoggingError(
+            f"self.log({entry.name!r}, ...): compute() of {type(entry.metric).__name__} gives "
+            f"{type(value).__name__ if not isinstance(value, Tensor) else tuple(value.shape)}; one number is needed. "
+            "Log its parts by name with self.log_dict()."
+        )
+    return value.detach().reshape(()).cpu()
+
+
+def _different_names(ranks: list[list[str]]) -> str:
+    """Say which rank logged what the others did not."""
+    lines = []
+    everything = set().union(*ranks)
+    for label in sorted(everything):
+        having = [r for r, labels in enumerate(ranks) if label in labels]
+        lacking = [r for r in range(len(ranks)) if r not in having]
+        if lacking:
+            hook, _, name = label.partition(":")
+            lines.append(f"  {name!r} in {hook}(): logged by rank {_some(having)}, not by rank {_some(lacking)}")
+    return (
+        "The ranks logged different names, so their values cannot be reduced:\n"
+        + "\n".join(lines[:20])
+        + "\nLog the same names on every rank, or pass sync_dist=False or rank_zero_only=True for these."
+    )
+
+
+def _some(ranks: list[int]) -> str:
+    return ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
+
+
+def batch_size_of(batch: Any) -> int:
+    """The number of samples in a batch: the first dimension of the first tensor in it.
+
+    Raises:
+        LoggingError: there is no tensor in it.
+    """
+    for size in _sizes(batch):
+        return size
+    raise LoggingError(
+        f"The batch size cannot be read off a batch of type {type(batch).__name__}; pass self.log(..., batch_size=n)."
+    )
+
+
+def _sizes(batch: Any) -> Iterator[int]:
+    if isinstance(batch, Tensor):
+        yield batch.shape[0] if batch.ndim else 1
+    elif isinstance(batch, str):
+        return
+    elif isinstance(batch, dict):
+        for value in batch.values():
+            yield from _sizes(value)
+    elif isinstance(batch, (list, tuple)):
+        for value in batch:
+            yield from _sizes(value)
+    elif is_dataclass(batch) and not isinstance(batch, type):
+        for field in fields(batch):
+            yield from _sizes(getattr(batch, field.name))
+    elif hasattr(batch, "values") and callable(batch.values):
+        for value in batch.values():
+            yield from _sizes(value)
+
+
+def warn_if_unlogged(logger_count: int, batches: float, every: int) -> None:
+    """Tell a user whose epochs are shorter than the interval of reports."""
+    if logger_count and batches < every:
+        rank_zero_warn(
+            f"An epoch has {batches} batches, fewer than log_every_n_steps={every}: values logged per step are "
+            "reported less than once per epoch. Lower log_every_n_steps to see more."
+        )
