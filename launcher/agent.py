@@ -1,0 +1,486 @@
+"""One agent per node: torch elastic's agent with our workers.
+
+It imports what the ranks will need, forks the zygote while it still has one thread, then lives in torch elastic's
+`SimpleElasticAgent.run`: `_invoke_run` is ours, because torch's sleeps between polls and does not see a peer that
+left. The supervisor decides who belongs to the gang; its decision reaches torch elastic through `GangRendezvous`, a
+`RendezvousHandler`. Every attempt gets a store of its own, held by the agent of node 0 before anybody hears of it:
+torch's default reads the last attempt's addresses from the shared one and meets nobody (1 of 10 restarts came back).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import mmap
+import os
+import selectors
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from launcher import worker
+from launcher.channel import Channel, Message, keep_alive, pair
+from launcher.errors import LaunchError, MeetingError, UsageError
+from launcher.failure import RankExit, read_error_file
+from launcher.logs import Console, RankLog, prefix_for
+from launcher.spec import LaunchSpec, keeps_terminal
+from launcher.topology import Place, World, places, rank_environment
+from launcher.processes import become_subreaper, end_descendants, threads_of
+from launcher.zygote import serve
+
+__all__ = ["main"]
+
+PAGE = 64
+_ABORT_GRACE_S = 1.0  # after a failure nothing can be saved any more
+
+
+def main(argv: list[str]) -> dict[str, Any] | None:
+    """Run a node's agent. Returns only in a forked rank, with its order; the agent itself exits.
+
+    argv: `fd N` (a socket inherited from the supervisor) or `tcp HOST PORT` (token in LAUNCH_TOKEN).
+    """
+    secret = os.environ.pop("LAUNCH_TOKEN", "")
+    base = dict(os.environ)
+    join_timeout_s = float(os.environ.pop("LAUNCH_JOIN_TIMEOUT_S", "600"))
+    own_spec = os.environ.pop("LAUNCH_NODE_SPEC_FD", "")
+    for name in ("LAUNCH_JOIN_TIMEOUT_S", "LAUNCH_NODE_SPEC_FD"):
+        base.pop(name, None)
+    become_subreaper()
+    try:
+        if argv[0] == "fd":
+            link = Channel(socket.socket(fileno=int(argv[1])))
+        else:
+            link = Channel(_connect(argv[1], int(argv[2]), join_timeout_s))
+        spec = None
+        if own_spec:
+            with open(int(own_spec)) as file:
+                spec = LaunchSpec.from_json(_parse(file.read()))
+        node_rank = os.environ.get("LAUNCH_NODE_RANK")
+        base.pop("LAUNCH_NODE_RANK", None)
+        link.send(
+            {
+                "hello": {
+                    "token": secret,
+                    "host": socket.gethostname(),
+                    "pid": os.getpid(),
+                    "node_rank": None if node_rank is None else int(node_rank),
+                    "procs": None if spec is None else spec.procs,
+                    "address": _local_address(link.sock),
+                }
+            }
+        )
+        welcome = _first_message(link, join_timeout_s)
+        if spec is None:
+            spec = LaunchSpec.from_json(welcome["spec"])
+        zygote, order = _fork_zygote(spec, base, link)
+        if order is not None:
+            return order
+        code = _run(spec, welcome, base, link, zygote)
+    except LaunchError as error:
+        print(f"launch: agent on {socket.gethostname()}: {error}", file=sys.stderr, flush=True)
+        code = error.exit_code
+    except ConnectionError:
+        code = 1  # the supervisor is gone; it, or whoever killed it, tells the story
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _parse(text: str) -> dict[str, Any]:
+    import json
+
+    data = json.loads(text)
+    if not isinstance(data, dict):
+        raise UsageError("the node's spec is no JSON object")
+    return data
+
+
+def _connect(host: str, port: int, timeout_s: float) -> socket.socket:
+    """Reach the supervisor, which may be started minutes later than this node."""
+    deadline = time.monotonic() + timeout_s
+    tried: dict[str, str] = {}
+    while True:
+        try:
+            infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        except OSError as error:
+            tried[host] = f"no address: {error}"
+            infos = []
+        for family, kind, protocol, _, address in infos:
+            sock = socket.socket(family, kind, protocol)
+            sock.settimeout(10)
+            try:
+                sock.connect(address)
+            except OSError as error:
+                tried[str(address[0])] = str(error)
+                sock.close()
+                continue
+            sock.settimeout(None)
+            keep_alive(sock)
+            return sock
+        if time.monotonic() > deadline:
+            attempts = "; ".join(f"{address}: {error}" for address, error in tried.items())
+            raise MeetingError(
+                f"nobody answers at {host} port {port} for {timeout_s:g} s (tried {attempts}). Is node 0 started, "
+                "with the same --rdzv-endpoint, and is the port open between the nodes?"
+            )
+        time.sleep(0.2)
+
+
+def _local_address(sock: socket.socket) -> str | None:
+    """This node's address on the way to the supervisor: the one that peers are most likely to reach."""
+    return None if sock.family == socket.AF_UNIX else str(sock.getsockname()[0])
+
+
+def _first_message(link: Channel, timeout_s: float) -> Message:
+    with selectors.DefaultSelector() as selector:
+        selector.register(link, selectors.EVENT_READ)
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            selector.select(deadline - time.monotonic())
+            for message in link.receive():
+                if "refused" in message:
+                    raise MeetingError(f"refused by the supervisor: {message['refused']}")
+                return message
+            if link.closed:
+                raise ConnectionResetError("the supervisor closed the connection")
+    raise MeetingError(f"the supervisor said nothing for {timeout_s:g} s")
+
+
+def _fork_zygote(spec: LaunchSpec, base: dict[str, str], link: Channel) -> tuple[Channel, dict[str, Any] | None]:
+    """Preload and fork; the second value is an order in a forked rank, None in the agent."""
+    ours, theirs = pair()
+    if spec.procs > 1:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # numpy's OpenBLAS starts its threads when it is loaded; worker.py gives each rank its number after the fork.
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"
+    if spec.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    if spec.program.kind == "script":
+        entry = str((Path(spec.cwd) / spec.program.target).parent)
+    else:
+        entry = spec.cwd
+    preload = () if spec.program.kind == "command" else spec.preload
+    path = list(sys.path)
+    for name in preload:
+        sys.path[:] = [entry, *path]
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise UsageError(f"--preload {name}: {error}; preload what the ranks import anyway") from error
+        finally:
+            sys.path[:] = path
+        threads = threads_of()
+        if len(threads) > 1:
+            raise UsageError(
+                f"--preload {name} started {len(threads) - 1} thread(s) ({', '.join(threads[1:])}); a process with "
+                "threads cannot be forked safely. Leave it out of --preload, or use --no-preload"
+            )
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        raise UsageError("a preloaded module initialised CUDA, which does not survive a fork: leave it out of --preload")
+    pid = os.fork()
+    if pid == 0:
+        ours.close()
+        link.sock.close()
+        return theirs, serve(theirs)
+    theirs.close()
+    os.environ.clear()
+    os.environ.update(base)
+    return ours, None
+
+
+def _run(spec: LaunchSpec, welcome: Message, base: dict[str, str], link: Channel, zygote: Channel) -> int:
+    """The agent after the fork: torch elastic from here on."""
+    from launcher.elastic import run_agent
+
+    node = Node(spec, welcome["run_id"], Path(welcome["run_dir"]), base, link, zygote)
+    try:
+        return run_agent(node)
+    finally:
+        node.close()
+
+
+class Node:
+    """The agent's event loop and all that it watches: supervisor, zygote, ranks, their pipes, signals."""
+
+    def __init__(
+        self, spec: LaunchSpec, run_id: str, run_dir: Path, base: dict[str, str], link: Channel, zygote: Channel
+    ) -> None:
+        self.spec = spec
+        self.run_id = run_id
+        self.run_dir = run_dir
+        self.host = socket.gethostname()
+        self.base = base
+        self.link = link
+        self.zygote = zygote
+        self.orders: list[Message] = []  # from the supervisor, for the rendezvous: host, world, end
+        self.exits: dict[int, RankExit] = {}  # by local rank
+        self._pids: dict[int, int] = {}  # alive, by local rank
+        self._logs: dict[int, RankLog] = {}
+        self._pages: dict[int, tuple[int, mmap.mmap]] = {}
+        self._places: dict[int, Place] = {}
+        self._world: World | None = None
+        self._asked = False
+        self._kill_at: float | None = None
+        self._swept = False
+        self._paused: set[int] = set()
+        self._oom_kills = _oom_kills()
+        self._selector = selectors.DefaultSelector()
+        self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self.console = Console(on_drained=lambda: self._wake(b"\0"))
+        self._signals: list[int] = []
+        for source in (link, zygote, self._wake_read):
+            self._selector.register(source, selectors.EVENT_READ)
+        signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
+        for name in {*spec.stop_signals, "SIGTERM", "SIGUSR1", "SIGUSR2"}:
+            # Slurm signals every process of a step; what it means is the supervisor's to find out.
+            signal.signal(signal.Signals[name], lambda number, _: self._signals.append(number))
+        if keeps_terminal(spec):
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C on the terminal is the rank's own
+
+    def _wake(self, data: bytes) -> None:
+        with contextlib.suppress(BlockingIOError, OSError):
+            os.write(self._wake_write, data)
+
+    # ------------------------------------------------------------------------------------------ starting
+
+    def start(self, world: World, node: int) -> dict[int, int]:
+        """Start this node's ranks; returns their pids by local rank."""
+        self._world, self._asked, self._kill_at, self._swept = world, False, None, False
+        self.exits, self._pids, self._oom_kills = {}, {}, _oom_kills()
+        folder = self.run_dir / "logs" / f"attempt-{world.attempt}"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for place in places(world, node):
+            self._start_rank(world, place, folder)
+        while len(self._pids) + len(self.exits) < len(self._places):
+            self.turn(None)
+        return dict(self._pids)
+
+    def _start_rank(self, world: World, place: Place, folder: Path) -> None:
+        spec, local = self.spec, place.local_rank
+        error_file = folder / f"rank-{place.rank}.error.json"
+        error_file.unlink(missing_ok=True)
+        page = os.memfd_create(f"launch-progress-{place.rank}", os.MFD_CLOEXEC)
+        os.ftruncate(page, PAGE)
+        self._pages[local] = (page, mmap.mmap(page, PAGE, prot=mmap.PROT_READ))
+        terminal = keeps_terminal(spec)
+        ends: tuple[int, ...] = ()
+        if not terminal:
+            log = self._open_log(world, place, folder)
+            self._logs[local] = log
+            ends = log.open_pipes()
+            for pipe in log.pipes:
+                self._selector.register(pipe, selectors.EVENT_READ, local)
+        self._places[local] = place
+        environment = rank_environment(
+            self.base,
+            spec,
+            world,
+            place,
+            run_id=self.run_id,
+            run_dir=str(self.run_dir),
+            error_file=str(error_file),
+            progress=f"/proc/{os.getpid()}/fd/{page}",
+        )
+        program = spec.program
+        order = {
+            "order": "start",
+            "key": str(local),
+            "program": {"kind": program.kind, "target": program.target, "args": list(program.args)},
+            "python": sys.executable,
+            "env": environment,
+            "cwd": spec.cwd,
+            "terminal": terminal,
+            "stdin": spec.procs == 1 and spec.nodes == 1,
+            "fork": bool(spec.preload),
+        }
+        self.zygote.send(order, ends)
+        for end in ends:
+            os.close(end)
+
+    def _open_log(self, world: World, place: Place, folder: Path) -> RankLog:
+        output, local = self.spec.output, place.local_rank
+        wanted = output.streams(output.tee, local) | output.streams(output.redirects, local)
+        copies = {}
+        if output.log_dir is not None:
+            # torchrun's own layout, for tools that look there.
+            below = Path(output.log_dir, self.run_id, f"attempt_{world.restarts}", str(local))
+            copies = {s: below / name for s, name in ((1, "stdout.log"), (2, "stderr.log")) if wanted & s}
+        return RankLog(
+            folder / f"rank-{place.rank}.log",
+            console=self.console,
+            shown={s: output.shown(place.rank, local, s) for s in (1, 2)},
+            prefix=prefix_for(
+                output.prefix, rank=place.rank, local_rank=local, role=self.spec.role, host=self.host
+            ),
+            copies=copies,
+        )
+
+    # ------------------------------------------------------------------------------------------ stopping
+
+    def stop(self, grace_s: float) -> None:
+        """SIGTERM to the ranks themselves, not to what they started; SIGKILL of the trees when the grace is over."""
+        if not self._asked:
+            self._asked = True
+            for local in self._pids:
+                self.zygote.send({"order": "signal", "key": str(local), "number": int(signal.SIGTERM)})
+        deadline = time.monotonic() + grace_s
+        self._kill_at = deadline if self._kill_at is None else min(self._kill_at, deadline)
+
+    @property
+    def drained(self) -> bool:
+        """Every rank of this attempt is reaped and nothing that they started is left."""
+        return not self._pids and self._swept
+
+    # ------------------------------------------------------------------------------------------ the loop
+
+    def turn(self, timeout_s: float | None) -> None:
+        """Wait for the next event (at most `timeout_s`) and deal with all that have come."""
+        if self._kill_at is not None and self._pids:
+            left = max(0.0, self._kill_at - time.monotonic())
+            timeout_s = left if timeout_s is None else min(timeout_s, left)
+        for key, _ in self._selector.select(timeout_s):
+            if key.fileobj is self.link:
+                self._hear_supervisor()
+            elif key.fileobj is self.zygote:
+                self._hear_zygote()
+            elif key.fileobj == self._wake_read:
+                self._awake()
+            elif isinstance(key.fileobj, int):
+                self._read(key.fileobj, key.data)
+        if self._kill_at is not None and self._pids and time.monotonic() >= self._kill_at:
+            for local in self._pids:
+                self.zygote.send({"order": "kill", "key": str(local)})
+            self._kill_at = time.monotonic() + 1.0  # a rank in an uninterruptible sleep is asked again
+
+    def _awake(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            while os.read(self._wake_read, 4096):
+                pass
+        for number in self._signals:
+            self.link.send({"signalled": number})
+        self._signals.clear()
+        if self._paused and not self.console.full:
+            for pipe in self._paused:
+                for local, log in self._logs.items():
+                    if pipe in log.pipes:
+                        self._selector.register(pipe, selectors.EVENT_READ, local)
+            self._paused.clear()
+
+    def _read(self, pipe: int, local: int) -> None:
+        log = self._logs[local]
+        if log.held_up(pipe):
+            self._selector.unregister(pipe)
+            self._paused.add(pipe)
+            if not self.console.full:  # it drained in between, and nobody will wake us
+                self._wake(b"\0")
+            return
+        # The number is free for reuse as soon as the log closes it: leave the selector first, come back if it lives.
+        self._selector.unregister(pipe)
+        if log.read(pipe):
+            self._selector.register(pipe, selectors.EVENT_READ, local)
+
+    def _hear_supervisor(self) -> None:
+        for message in self.link.receive():
+            if "stop" in message:
+                self.stop(message["stop"]["grace_s"])
+            elif "abort" in message:
+                self.stop(_ABORT_GRACE_S)
+            elif "kill" in message:
+                self.stop(0.0)
+            else:
+                self.orders.append(message)
+        if self.link.closed:
+            self._selector.unregister(self.link)
+            self._abandon()
+
+    def _abandon(self) -> None:
+        """The supervisor is gone: nothing that we started may outlive it."""
+        with contextlib.suppress(ConnectionError):
+            self.stop(_ABORT_GRACE_S)
+            deadline = time.monotonic() + _ABORT_GRACE_S + 1
+            while self._pids and time.monotonic() < deadline:
+                self.turn(0.1)
+            self.zygote.send({"order": "quit"})
+        raise ConnectionResetError("the supervisor is gone")
+
+    def _hear_zygote(self) -> None:
+        for report in self.zygote.receive():
+            if "started" in report:
+                self._pids[int(report["started"])] = report["pid"]
+            elif "exited" in report:
+                self._reaped(int(report["exited"]), report)
+            elif "swept" in report:
+                self._swept = True
+        if self.zygote.closed:
+            end_descendants()
+            raise LaunchError("its zygote died; the ranks died with it")
+
+    def _reaped(self, local: int, report: Message) -> None:
+        place, world = self._places[local], self._world
+        assert world is not None
+        self._pids.pop(local, None)
+        folder = self.run_dir / "logs" / f"attempt-{world.attempt}"
+        tail: tuple[str, ...] = ()
+        log = self._logs.pop(local, None)
+        if log is not None:
+            for pipe in log.pipes:
+                with contextlib.suppress(KeyError):
+                    self._selector.unregister(pipe)
+                self._paused.discard(pipe)
+            log.close()
+            tail = tuple(log.tail)
+        page, mapping = self._pages.pop(local)
+        mapping.close()
+        os.close(page)
+        ended = RankExit(
+            rank=place.rank,
+            local_rank=local,
+            node=place.node,
+            host=self.host,
+            pid=report["pid"],
+            code=report["code"],
+            ended_ns=report["ns"],
+            asked=self._asked,
+            log=str(folder / f"rank-{place.rank}.log"),
+            error=read_error_file(folder / f"rank-{place.rank}.error.json"),
+            tail=tail,
+            killed_for_memory=report["code"] == -signal.SIGKILL and not self._asked and _oom_kills() > self._oom_kills,
+        )
+        self.exits[local] = ended
+        self.link.send({"exited": ended.to_json(), "attempt": world.attempt})
+        if ended.failed and not self._asked:
+            self.stop(_ABORT_GRACE_S)
+        if not self._pids and len(self.exits) == len(self._places):
+            self.zygote.send({"order": "sweep", "grace_s": _ABORT_GRACE_S})
+
+    def close(self) -> None:
+        """End the zygote and whatever is still below us, write the console out."""
+        with contextlib.suppress(ConnectionError):
+            self.zygote.send({"order": "quit"})
+        end_descendants()
+        self.console.close()
+        signal.set_wakeup_fd(-1)
+        self._selector.close()
+        self.link.close()
+
+
+def _oom_kills() -> int:
+    """How often the kernel has killed for want of memory since boot; -1 where it does not say."""
+    try:
+        with open("/proc/vmstat") as file:
+            for line in file:
+                if line.startswith("oom_kill "):
+                    return int(line.split()[1])
+    except OSError:
+        pass
+    return -1
+
+
+def bootstrap() -> None:
+    """Entry of the agent's interpreter: the agent exits inside `main`; a forked rank comes back here and runs."""
+    order = main(sys.argv[1:])
+    if order is not None:
+        worker.run(order)

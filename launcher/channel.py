@@ -1,0 +1,114 @@
+"""Messages between the launcher's own processes: JSON objects over a stream socket, descriptors alongside.
+
+One frame is a 4-byte big-endian length and that many bytes of UTF-8 JSON. On Unix sockets file descriptors may travel
+with a frame. Nothing is ever unpickled, so a stranger on the port can at worst be refused.
+"""
+
+from __future__ import annotations
+
+import array
+import json
+import socket
+import struct
+from collections import deque
+from typing import Any
+
+Message = dict[str, Any]
+_LENGTH = struct.Struct("!I")
+_MAX_FRAME = 64 << 20
+_MAX_FDS = 64
+
+
+class Channel:
+    """One end of a connection. Sending blocks until the kernel has taken the frame; receiving never blocks.
+
+    Raises `ConnectionError` from `send` when the other end is gone; `receive` then returns what was still complete
+    and sets `closed`.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.closed = False
+        self._buffer = bytearray()
+        self._fds: deque[int] = deque()
+
+    def fileno(self) -> int:
+        return self.sock.fileno()
+
+    def send(self, message: Message, fds: tuple[int, ...] = ()) -> None:
+        body = json.dumps(message | {"fds": len(fds)} if fds else message, separators=(",", ":")).encode()
+        frame = memoryview(_LENGTH.pack(len(body)) + body)
+        self.sock.setblocking(True)
+        if fds:
+            sent = self.sock.sendmsg([frame], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))])
+            frame = frame[sent:]
+        if frame:
+            self.sock.sendall(frame)
+
+    def receive(self) -> list[Message]:
+        """All complete messages that have arrived; a message sent with descriptors holds them as `fds`."""
+        self.sock.setblocking(False)
+        try:
+            while not self.closed:
+                if self.sock.family == socket.AF_UNIX:
+                    data, ancillary, _, _ = self.sock.recvmsg(1 << 16, socket.CMSG_SPACE(_MAX_FDS * 4))
+                    for level, kind, payload in ancillary:
+                        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                            fds = array.array("i")
+                            fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
+                            self._fds.extend(fds)
+                else:
+                    data = self.sock.recv(1 << 16)
+                self.closed = not data
+                self._buffer += data
+        except BlockingIOError:
+            pass
+        except OSError:
+            self.closed = True
+        return self._complete()
+
+    def _complete(self) -> list[Message]:
+        messages = []
+        while len(self._buffer) >= _LENGTH.size:
+            (length,) = _LENGTH.unpack_from(self._buffer)
+            if length > _MAX_FRAME:
+                self.closed = True
+                break
+            end = _LENGTH.size + length
+            if len(self._buffer) < end:
+                break
+            try:
+                message = json.loads(bytes(self._buffer[_LENGTH.size : end]))
+            except ValueError:
+                self.closed = True
+                break
+            del self._buffer[:end]
+            if not isinstance(message, dict):
+                self.closed = True
+                break
+            if "fds" in message:
+                message["fds"] = [self._fds.popleft() for _ in range(message["fds"])]
+            messages.append(message)
+        return messages
+
+    def close(self) -> None:
+        self.closed = True
+        self.sock.close()
+
+
+def pair() -> tuple[Channel, Channel]:
+    """Two connected ends for a parent and its child."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    return Channel(ours), Channel(theirs)
+
+
+def keep_alive(sock: socket.socket) -> None:
+    """Have the kernel notice a dead peer or link within 4 s; torch's keep-alive takes 15 s, Slurm's 300 s."""
+    if sock.family == socket.AF_UNIX:
+        return
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 4000)

@@ -1,0 +1,38 @@
+"""What can go wrong in launching, split by what the reader can do about it.
+
+    LaunchError
+    ├── UsageError       the command or the call is wrong: mend it (exit code 2)
+    ├── RunError         the run folder is in use, finished, or not what was asked for
+    ├── MeetingError     nodes that should meet did not: names who is missing and where they were awaited
+    └── InternalError    our own invariant broke: please report it
+"""
+
+from __future__ import annotations
+
+__all__ = ["InternalError", "LaunchError", "MeetingError", "RunError", "UsageError"]
+
+
+class LaunchError(Exception):
+    """Base of every error that the launcher raises on purpose; `exit_code` is what `launch` exits with."""
+
+    exit_code = 1
+
+
+class UsageError(LaunchError, ValueError):
+    """The request is wrong: the message says what was given, what is allowed and what to do."""
+
+    exit_code = 2
+
+
+class RunError(LaunchError):
+    """The run folder cannot be used as asked."""
+
+    exit_code = 2
+
+
+class MeetingError(LaunchError):
+    """Not all nodes came: the message names those missing, the address and the time waited."""
+
+
+class InternalError(LaunchError):
+    """A state that cannot be: a defect of the launcher."""

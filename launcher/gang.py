@@ -1,0 +1,225 @@
+"""Pure: what a job's supervisor decides. Events go in, actions come out; nothing here waits, reads or writes.
+
+A run is a row of attempts. In each, all nodes come (MEETING), node 0 opens the attempt's store (HOSTING), ranks run
+(RUNNING), and after a failure or a stop request everyone is brought down (STOPPING) before it is decided what is next.
+"""
+
+from __future__ import annotations
+
+import signal
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from launcher.failure import RankExit, RootCause, find_root, how_it_ended, signal_name
+from launcher.topology import World
+
+__all__ = ["Action", "Gang", "Outcome", "Phase"]
+
+
+class Phase(Enum):
+    MEETING = "meeting"
+    HOSTING = "hosting"
+    RUNNING = "running"
+    STOPPING = "stopping"
+    ENDED = "ended"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How the run ended: `status` is finished, stopped or failed; `code` is what launch exits with."""
+
+    status: str
+    code: int
+    cause: str
+    root: RootCause | None = None
+
+
+@dataclass(frozen=True)
+class Action:
+    """One thing for the supervisor to do: send (to `node`), respawn (`node`), restarting (say so), end."""
+
+    kind: str
+    node: int = -1
+    message: dict[str, Any] = field(default_factory=dict)
+    outcome: Outcome | None = None
+
+
+@dataclass
+class _Node:
+    procs: int
+    here: bool = False
+    drained: bool = False
+    address: str | None = None
+    gone: str | None = None
+
+
+class Gang:
+    """The state of one run under one supervisor. `handle_*` methods return the actions to take, in order."""
+
+    def __init__(self, slots: list[int], *, first_attempt: int, max_restarts: int, grace_s: float,
+                 master_port: int | None = None, can_respawn: bool = True) -> None:  # fmt: skip
+        self.nodes = [_Node(procs) for procs in slots]
+        self.attempt = first_attempt
+        self.restarts = 0
+        self.phase = Phase.MEETING
+        self.exits: dict[int, RankExit] = {}
+        self.outcome: Outcome | None = None
+        self.stop_cause: str | None = None
+        self._max_restarts = max_restarts
+        self._grace_s = grace_s
+        self._master_port = master_port
+        self._can_respawn = can_respawn
+        self._hurried = False
+
+    @property
+    def missing(self) -> list[int]:
+        return [i for i, node in enumerate(self.nodes) if not node.here]
+
+    def node_here(self, index: int, procs: int, address: str | None) -> list[Action]:
+        node = self.nodes[index]
+        node.procs, node.here, node.address, node.gone = procs, True, address, None
+        return self._meet()
+
+    def _meet(self) -> list[Action]:
+        if self.phase is not Phase.MEETING or self.missing:
+            return []
+        if self.stop_cause is not None:
+            return self._end(Outcome("stopped", 75, self.stop_cause))
+        self.phase = Phase.HOSTING
+        order = {"attempt": self.attempt, "nodes": len(self.nodes), "addr": self.nodes[0].address or "127.0.0.1",
+                 "port": self._master_port}  # fmt: skip
+        return [Action("send", 0, {"host": order})]
+
+    def store_ready(self, attempt: int, addr: str, port: int) -> list[Action]:
+        if self.phase is not Phase.HOSTING or attempt != self.attempt:
+            return []
+        self.phase = Phase.RUNNING
+        self.exits = {}
+        world = World(self.attempt, self.restarts, tuple(n.procs for n in self.nodes), addr, port)
+        actions = [Action("started", message={"world_size": world.size})]
+        for index, node in enumerate(self.nodes):
+            node.drained = False
+            actions.append(
+                Action(
+                    "send",
+                    index,
+                    {
+                        "world": {
+                            "attempt": world.attempt,
+                            "restarts": world.restarts,
+                            "slots": list(world.slots),
+                            "addr": addr,
+                            "port": port,
+                            "node": index,
+                        }
+                    },
+                )
+            )
+        return actions
+
+    def rank_exited(self, attempt: int, ended: RankExit) -> list[Action]:
+        if attempt != self.attempt:
+            return []
+        self.exits[ended.rank] = ended
+        if self.phase is Phase.RUNNING and ended.failed:
+            self.phase = Phase.STOPPING
+            return self._tell({"abort": {}})
+        return []
+
+    def node_drained(self, index: int, attempt: int) -> list[Action]:
+        if attempt != self.attempt:
+            return []
+        self.nodes[index].drained = True
+        return self._next_if_quiet()
+
+    def node_gone(self, index: int, how: str) -> list[Action]:
+        """Its agent is lost, and with it (it saw to that, or the kernel did) its ranks."""
+        node = self.nodes[index]
+        if self.phase is Phase.ENDED or not node.here:
+            return []
+        node.here, node.gone, node.drained = False, how, True
+        if self.phase in (Phase.MEETING, Phase.HOSTING):
+            self.phase = Phase.STOPPING
+            for other in self.nodes:
+                other.drained = True  # nothing runs yet
+            return self._next_if_quiet()
+        actions = []
+        if self.phase is Phase.RUNNING:
+            self.phase = Phase.STOPPING
+            actions = self._tell({"abort": {}})
+        return actions + self._next_if_quiet()
+
+    def stop(self, cause: str) -> list[Action]:
+        """A request to save and leave; a second one ends the grace."""
+        if self.phase is Phase.ENDED:
+            return []
+        if self.stop_cause is not None:
+            if self._hurried:
+                return []
+            self._hurried = True
+            return self._tell({"kill": {}})
+        self.stop_cause = cause
+        if self.phase is Phase.MEETING:
+            return self._end(Outcome("stopped", 75, cause))
+        if self.phase is Phase.HOSTING:
+            self.phase = Phase.STOPPING
+            for node in self.nodes:
+                node.drained = True
+            return self._next_if_quiet()
+        first = self.phase is Phase.RUNNING
+        self.phase = Phase.STOPPING
+        return self._tell({"stop": {"grace_s": self._grace_s}}) if first else []
+
+    def _tell(self, message: dict[str, Any]) -> list[Action]:
+        return [Action("send", i, message) for i, node in enumerate(self.nodes) if node.here and not node.drained]
+
+    def _next_if_quiet(self) -> list[Action]:
+        if self.phase not in (Phase.RUNNING, Phase.STOPPING) or not all(n.drained for n in self.nodes):
+            return []
+        root = find_root(self.exits.values())
+        gone = [(i, n.gone) for i, n in enumerate(self.nodes) if n.gone is not None]
+        codes = {e.code for e in self.exits.values()}
+        if root is None and not gone:
+            if codes == {0} and len(self.exits) == sum(n.procs for n in self.nodes):
+                return self._end(Outcome("finished", 0, "all ranks exited 0"))
+            if self.stop_cause is None and 75 in codes:
+                return self._end(Outcome("stopped", 75, "ranks left with code 75: run again"))
+        if self.stop_cause is not None:
+            return self._end(self._stopped(root, codes))
+        # A lost agent explains the ranks that lost their peers, not a rank that failed by itself.
+        cause = "; ".join(f"node {i}: {how}" for i, how in gone)
+        if root is not None and not (gone and root.exit.lost_peer):
+            cause = f"rank {root.exit.rank} {how_it_ended(root.exit)}"
+        elif gone:
+            root = None
+        if self.restarts < self._max_restarts and (self._can_respawn or not gone):
+            self.restarts += 1
+            self.attempt += 1
+            self.phase = Phase.MEETING
+            actions = [Action("restarting", message={"cause": cause, "restart": self.restarts}, outcome=Outcome("failed", 1, cause, root))]
+            actions += [Action("respawn", i) for i, _ in gone]
+            return actions + self._meet()
+        code = root.exit_code if root is not None else 1
+        return self._end(Outcome("failed", code, cause, root))
+
+    def _stopped(self, root: RootCause | None, codes: set[int]) -> Outcome:
+        assert self.stop_cause is not None
+        if root is not None:
+            return Outcome("failed", root.exit_code, f"{self.stop_cause}; while stopping rank {root.exit.rank} failed", root)
+        if codes and codes <= {0, 75}:
+            return Outcome("stopped", 75, self.stop_cause)
+        killed = sorted(-c for c in codes if c < 0)
+        if killed:
+            worst = signal.SIGKILL if signal.SIGKILL in killed else killed[0]
+            how = f"ranks ended by {signal_name(worst)}"
+            if worst == signal.SIGKILL:
+                how = f"ranks were killed, {self._grace_s:g} s of grace were over" if not self._hurried else "ranks were killed at once"
+            return Outcome("stopped", 128 + worst, f"{self.stop_cause}; {how}")
+        other = sorted(codes - {0, 75})
+        return Outcome("stopped", other[0] if other else 75, self.stop_cause)
+
+    def _end(self, outcome: Outcome) -> list[Action]:
+        self.phase = Phase.ENDED
+        self.outcome = outcome
+        return [Action("end", outcome=outcome)]

@@ -1,0 +1,193 @@
+"""What the ranks print: pipes -> one file per rank and attempt, whole prefixed lines on the console, last lines kept."""
+
+from __future__ import annotations
+
+import os
+import queue
+import re
+import select
+import threading
+from collections import deque
+from string import Template
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+__all__ = ["Console", "RankLog"]
+
+_CHUNK = 1 << 16
+# A program that never ends its line must not grow our memory: such a line is passed on in pieces of this size.
+_LONGEST_LINE = 1 << 20
+_LINE = re.compile(rb"[^\r\n]*(?:\r\n|\n|\r)")
+
+
+class Console:
+    """Writes whole lines to the launch's own stdout and stderr from one thread, so that a paused terminal or a slow
+    pipe holds up neither the agent nor the ranks whose output is only logged.
+
+    `full` tells the reader to leave the pipes of shown ranks alone for a while; `on_drained` is called from the
+    thread when there is room again.
+    """
+
+    def __init__(self, on_drained: Callable[[], None], *, limit: int = 256) -> None:
+        self._queue: queue.SimpleQueue[tuple[int, bytes] | None] = queue.SimpleQueue()
+        self._limit = limit
+        self._on_drained = on_drained
+        self._starved = False
+        self._thread: threading.Thread | None = None
+
+    @property
+    def full(self) -> bool:
+        if self._queue.qsize() < self._limit:
+            return False
+        self._starved = True
+        return True
+
+    def write(self, fd: int, data: bytes) -> None:
+        if self._thread is None:
+            # Started with the first line and not before: the zygote must be forked while there is one thread.
+            self._thread = threading.Thread(target=self._drain, name="launch-console", daemon=True)
+            self._thread.start()
+        self._queue.put((fd, data))
+
+    def _drain(self) -> None:
+        broken: set[int] = set()
+        while (item := self._queue.get()) is not None:
+            fd, data = item
+            view = memoryview(data)
+            while view and fd not in broken:
+                try:
+                    view = view[os.write(fd, view) :]
+                except BlockingIOError:
+                    # Somebody else made the shared terminal non-blocking; wait until it takes more.
+                    threading.Event().wait(0.01)
+                except OSError:
+                    broken.add(fd)  # `launch ... | head`: the reader left; files still get everything
+            if self._starved and self._queue.qsize() < self._limit // 2:
+                self._starved = False
+                self._on_drained()
+
+    def close(self, timeout_s: float = 5.0) -> None:
+        """Write out what is queued; give up on a console that takes nothing for `timeout_s`."""
+        if self._thread is not None:
+            self._queue.put(None)
+            self._thread.join(timeout_s)
+            self._thread = None
+
+
+class RankLog:
+    """The output of one rank in one attempt."""
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        console: Console,
+        shown: dict[int, bool],
+        prefix: bytes,
+        copies: dict[int, Path],
+        keep: int = 60,
+    ) -> None:
+        """`shown` and `copies` are by stream: 1 stdout, 2 stderr; `copies` are torchrun's separate files."""
+        self.path = path
+        self.tail: deque[str] = deque(maxlen=keep)
+        self.pipes: dict[int, int] = {}  # read end -> stream
+        self._console = console
+        self._shown = shown
+        self._prefix = prefix
+        self._partial = {1: b"", 2: b""}
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        self._copies = {}
+        for stream, copy in copies.items():
+            copy.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._copies[stream] = os.open(copy, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+
+    def open_pipes(self) -> tuple[int, int]:
+        """Make the pipes; the write ends (stdout, stderr) are the caller's to hand on and close."""
+        ends = []
+        for stream in (1, 2):
+            read, write = os.pipe2(os.O_CLOEXEC)
+            os.set_blocking(read, False)
+            self.pipes[read] = stream
+            ends.append(write)
+        return ends[0], ends[1]
+
+    def held_up(self, pipe: int) -> bool:
+        """Whether this pipe must wait until the console has room."""
+        return self._shown[self.pipes[pipe]] and self._console.full
+
+    def read(self, pipe: int, rounds: int = 16) -> bool:
+        """Take what is in the pipe (at most `rounds` chunks, so that one loud rank starves nobody); False at its end."""
+        stream = self.pipes[pipe]
+        for _ in range(rounds):
+            try:
+                data = os.read(pipe, _CHUNK)
+            except BlockingIOError:
+                return True
+            if not data:
+                self._flush(stream)
+                del self.pipes[pipe]
+                os.close(pipe)
+                return False
+            self._take(stream, data)
+            if len(data) < _CHUNK // 4 or self.held_up(pipe):
+                return True
+        return True
+
+    def _take(self, stream: int, data: bytes) -> None:
+        if stream in self._copies:
+            _write_all(self._copies[stream], data)
+        data = self._partial[stream] + data
+        end = data.rfind(b"\n") + 1
+        # A progress bar ends its lines with \r: shown at once, kept in the file with what follows.
+        end = max(end, data.rfind(b"\r", end) + 1)
+        if not end and len(data) > _LONGEST_LINE:
+            end = len(data)
+        self._partial[stream] = data[end:]
+        if end:
+            self._emit(stream, data[:end])
+
+    def _flush(self, stream: int) -> None:
+        rest, self._partial[stream] = self._partial[stream], b""
+        if rest:
+            self._emit(stream, rest + b"\n")
+
+    def _emit(self, stream: int, lines: bytes) -> None:
+        _write_all(self._file, lines)
+        self.tail.extend(lines[-16384:].decode(errors="replace").splitlines())
+        if self._shown[stream]:
+            if not lines.endswith((b"\n", b"\r")):
+                lines += b"\n"
+            self._console.write(stream, b"".join([self._prefix + line for line in _LINE.findall(lines)]))
+
+    def close(self) -> None:
+        """Drain and close; a grandchild that still holds a pipe open is not waited for."""
+        for pipe in list(self.pipes):
+            stream = self.pipes[pipe]
+            while self.read(pipe, rounds=1024) and _has_data(pipe):
+                pass
+            if pipe in self.pipes:
+                self._flush(stream)
+                del self.pipes[pipe]
+                os.close(pipe)
+        for fd in (self._file, *self._copies.values()):
+            os.close(fd)
+        self._copies = {}
+
+
+def prefix_for(template: str, *, rank: int, local_rank: int, role: str, host: str) -> bytes:
+    """torchrun's `--log-line-prefix-template`, and our own default `[${rank}] `."""
+    values = {"rank": rank, "local_rank": local_rank, "role_name": role, "hostname": host}
+    return Template(template).safe_substitute(values).encode()
+
+
+def _has_data(pipe: int) -> bool:
+    return bool(select.select([pipe], [], [], 0)[0])
+
+
+def _write_all(fd: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]

@@ -1,0 +1,101 @@
+"""Processes as the kernel sees them: trees, subreapers, and the end of everything below one process."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import time
+
+__all__ = [
+    "become_subreaper",
+    "children_of",
+    "descendants",
+    "die_with_parent",
+    "end_descendants",
+    "kill_tree",
+    "threads_of",
+]
+
+_PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+
+
+def _prctl(option: int, argument: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(option, argument, 0, 0, 0) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"prctl({option}): {os.strerror(number)}")
+
+
+def become_subreaper() -> None:
+    """Orphaned descendants become this process's children, so that none can get out of sight."""
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def die_with_parent(parent: int, number: int = signal.SIGKILL) -> None:
+    """Have the kernel send `number` to this process when its parent dies; leave at once if it already has."""
+    _prctl(_PR_SET_PDEATHSIG, number)
+    if os.getppid() != parent:
+        os._exit(128 + number)
+
+
+def threads_of(pid: int | str = "self") -> list[str]:
+    """The names of a process's threads."""
+    names = []
+    for task in os.listdir(f"/proc/{pid}/task"):
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/task/{task}/comm") as file:
+            names.append(file.read().strip())
+    return names
+
+
+def children_of(pid: int) -> list[int]:
+    found: list[int] = []
+    try:
+        for task in os.listdir(f"/proc/{pid}/task"):
+            with open(f"/proc/{pid}/task/{task}/children") as file:
+                found += map(int, file.read().split())
+    except OSError:
+        pass  # it is gone
+    return found
+
+
+def descendants(pid: int) -> list[int]:
+    """All processes below `pid`, whatever session or group they moved to."""
+    found = children_of(pid)
+    for child in found:  # grows while it is walked
+        found += children_of(child)
+    return found
+
+
+def kill_tree(pid: int) -> None:
+    """SIGKILL to `pid`, its process group if it leads one, and all below it."""
+    below = descendants(pid)
+    with contextlib.suppress(OSError):
+        if os.getpgid(pid) == pid:
+            os.killpg(pid, signal.SIGKILL)
+    for victim in (pid, *below):
+        with contextlib.suppress(OSError):
+            os.kill(victim, signal.SIGKILL)
+
+
+def end_descendants(timeout_s: float = 5.0) -> None:
+    """SIGKILL everything below this process until nothing is left."""
+    deadline = time.monotonic() + timeout_s
+    while (below := descendants(os.getpid())) and time.monotonic() < deadline:
+        for pid in below:
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+        _reap_all()
+        time.sleep(0.002)
+
+
+def _reap_all() -> None:
+    while True:
+        try:
+            pid, _ = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return
+        if pid == 0:
+            return

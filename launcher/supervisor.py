@@ -1,0 +1,374 @@
+"""One per job, torch-free: spawns or awaits the agents, carries out what gang.py decides, writes the run's record.
+
+The agents talk to it and not to each other: a lost agent is the end of a connection, noticed at once, and whatever a
+person or a scheduler wants of the job reaches one process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import json
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launcher.channel import Channel, Message, keep_alive, pair
+from launcher.errors import LaunchError, MeetingError
+from launcher.failure import RankExit, render, signal_name
+from launcher.gang import Action, Gang, Outcome, Phase
+from launcher.processes import end_descendants
+from launcher.runs import write_json
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from launcher.runs import RunFolder
+
+__all__ = ["Supervisor", "agent_command", "report", "spec_pipe"]
+
+_ROOT = str(Path(__file__).resolve().parent.parent)
+# The launcher must be found wherever it was installed, and nothing of it may be importable by accident: neither the
+# working directory nor the launcher's own folder may stay on sys.path.
+_BOOTSTRAP = "import sys; sys.path[0] = {root!r}; from launcher.agent import bootstrap; del sys.path[0]; bootstrap()"
+
+
+def agent_command(*where: str) -> list[str]:
+    return [sys.executable, "-c", _BOOTSTRAP.format(root=_ROOT), *where]
+
+
+@dataclass
+class _Agent:
+    link: Channel
+    index: int | None = None
+    process: subprocess.Popen[bytes] | None = None
+    joined: bool = False
+
+
+def spawn_agent(environment: dict[str, str], *, cwd: str, own_session: bool) -> tuple[Channel, subprocess.Popen[bytes]]:
+    """Start an agent on this machine, connected by a socket pair: no port, no token."""
+    ours, theirs = pair()
+    fd = theirs.sock.fileno()
+    process = subprocess.Popen(
+        agent_command("fd", str(fd)),
+        pass_fds=(fd,),
+        env=environment,
+        cwd=cwd,
+        start_new_session=own_session,
+    )
+    theirs.close()
+    return ours, process
+
+
+class Supervisor:
+    """Runs one job to its outcome.
+
+    local: the node ranks of the agents to spawn here (None: by order of arrival); listener: where agents that others
+    start connect, with `token`; say: how to tell a person (one line at a time).
+    """
+
+    def __init__(
+        self,
+        run: RunFolder,
+        *,
+        local: tuple[int | None, ...],
+        say: Callable[[str], None],
+        listener: socket.socket | None = None,
+        token: str = "",
+        own_session: bool = True,
+        join_timeout_s: float = 600.0,
+        where: str = "",
+    ) -> None:
+        spec = run.spec
+        state = run.state()
+        self.run = run
+        self.gang = Gang(
+            [spec.procs] * spec.nodes,
+            first_attempt=int(state.get("attempt", -1)) + 1,
+            max_restarts=spec.max_restarts,
+            grace_s=spec.grace_s,
+            master_port=spec.master_port,
+        )
+        self._say = say
+        self._local = local
+        self._listener = listener
+        self._token = token
+        self._own_session = own_session
+        self._join_timeout_s = join_timeout_s
+        self._where = where
+        self._selector = selectors.DefaultSelector()
+        self._agents: list[_Agent] = []
+        self._spawned: set[int] = set()  # nodes whose agents are ours to start again
+        self._signals: list[int] = []
+        self._meet_by = time.monotonic() + join_timeout_s
+        self._started = 0.0
+        self._child_environment = {k: v for k, v in os.environ.items() if not k.startswith("PET_")}
+
+    # -------------------------------------------------------------------------------------------- the loop
+
+    def work(self) -> Outcome:
+        """Bring the run to its end; the outcome is also in the run folder."""
+        wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        handled = {signal.Signals[name] for name in self.run.spec.stop_signals} | {signal.SIGCHLD}
+        old = {number: signal.signal(number, self._note_signal) for number in handled}
+        if not self._own_session:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # the rank on the terminal gets it from the terminal
+        old_fd = signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
+        self._selector.register(wake_read, selectors.EVENT_READ, "wake")
+        if self._listener is not None:
+            self._listener.setblocking(False)
+            self._selector.register(self._listener, selectors.EVENT_READ, "listener")
+        try:
+            self.run.set_state(status="running", attempt=self.gang.attempt, pid=os.getpid(), host=socket.gethostname())
+            for node_rank in self._local:
+                self._spawn(node_rank)
+            while self.gang.phase is not Phase.ENDED:
+                self._turn(wake_read)
+            self._await_agents()
+            assert self.gang.outcome is not None
+            self._record_outcome(self.gang.outcome)
+            return self.gang.outcome
+        finally:
+            self._put_down()
+            signal.set_wakeup_fd(old_fd)
+            for number, handler in old.items():
+                signal.signal(number, handler)
+            self._selector.close()
+            os.close(wake_read)
+            os.close(wake_write)
+
+    def _note_signal(self, number: int, _: Any) -> None:
+        if number != signal.SIGCHLD:
+            self._signals.append(number)
+
+    def _turn(self, wake_read: int) -> None:
+        timeout = None
+        if self.gang.phase is Phase.MEETING:
+            timeout = max(0.0, self._meet_by - time.monotonic())
+        for key, _ in self._selector.select(timeout):
+            if key.data == "wake":
+                with contextlib.suppress(BlockingIOError):
+                    while os.read(wake_read, 4096):
+                        pass
+            elif key.data == "listener":
+                self._accept()
+            else:
+                self._hear(key.data)
+        while self._signals:
+            number = self._signals.pop(0)
+            if self.gang.stop_cause is not None:
+                self._say(f"{signal_name(number)} again: the ranks are killed now")
+            self._stop(signal_name(number))
+        if self.gang.phase is Phase.MEETING and time.monotonic() >= self._meet_by:
+            raise MeetingError(
+                f"node{'s' if len(self.gang.missing) > 1 else ''} {', '.join(map(str, self.gang.missing))} of "
+                f"{len(self.gang.nodes)} did not come within {self._join_timeout_s:g} s"
+                + (f"; awaited at {self._where}" if self._where else "")
+            )
+
+    def _stop(self, cause: str) -> None:
+        if self.gang.stop_cause is None and self.gang.phase in (Phase.RUNNING, Phase.STOPPING):
+            self.run.write_stop(self.gang.attempt, cause, time.time() + self.run.spec.grace_s)
+            self.run.event("stop", cause=cause, attempt=self.gang.attempt)
+            if self._own_session:
+                self._say(f"{cause}: asking the ranks to save and leave, {self.run.spec.grace_s:g} s from now they are killed")
+        self._do(self.gang.stop(cause))
+
+    # -------------------------------------------------------------------------------------------- agents
+
+    def _spawn(self, node_rank: int | None) -> None:
+        environment = dict(self._child_environment)
+        if node_rank is not None:
+            environment["LAUNCH_NODE_RANK"] = str(node_rank)
+        link, process = spawn_agent(environment, cwd=self.run.spec.cwd, own_session=self._own_session)
+        agent = _Agent(link, process=process)
+        self._agents.append(agent)
+        self._selector.register(link, selectors.EVENT_READ, agent)
+
+    def _accept(self) -> None:
+        assert self._listener is not None
+        with contextlib.suppress(OSError):
+            sock, _ = self._listener.accept()
+            keep_alive(sock)
+            agent = _Agent(Channel(sock))
+            self._agents.append(agent)
+            self._selector.register(agent.link, selectors.EVENT_READ, agent)
+
+    def _hear(self, agent: _Agent) -> None:
+        try:
+            for message in agent.link.receive():
+                self._heard(agent, message)
+        except (KeyError, TypeError, ValueError) as error:
+            self._say(f"a peer sent something that is no message of ours ({error!r}); disconnected")
+            agent.link.closed = True
+        if agent.link.closed and agent in self._agents:
+            self._lost(agent)
+
+    def _heard(self, agent: _Agent, message: Message) -> None:
+        if "hello" in message:
+            self._greet(agent, message["hello"])
+        elif not agent.joined or agent.index is None:
+            raise ValueError("no hello")
+        elif "store" in message:
+            self._do(self.gang.store_ready(message["attempt"], message["store"]["addr"], message["store"]["port"]))
+        elif "exited" in message:
+            self._do(self.gang.rank_exited(message["attempt"], RankExit.from_json(message["exited"])))
+        elif "drained" in message:
+            self._do(self.gang.node_drained(agent.index, message["attempt"]))
+        elif "signalled" in message:
+            self._stop(f"{signal_name(message['signalled'])} to the agent of node {agent.index}")
+
+    def _greet(self, agent: _Agent, hello: dict[str, Any]) -> None:
+        if agent.process is None and not hmac.compare_digest(str(hello["token"]), self._token):
+            self._refuse(agent, "the run's token differs: this node was started for another run (compare --rdzv-id)")
+            return
+        index = hello["node_rank"]
+        if index is None:
+            index = next(iter(self.gang.missing), None)
+        if index is None or not 0 <= index < len(self.gang.nodes):
+            self._refuse(agent, f"node rank {hello['node_rank']} is outside 0..{len(self.gang.nodes) - 1}, or all nodes are here")
+            return
+        if self.gang.nodes[index].here:
+            self._refuse(agent, f"node rank {index} is taken by another node; give each its own --node-rank")
+            return
+        agent.index, agent.joined = index, True
+        if agent.process is not None:
+            self._spawned.add(index)
+        agent.link.send({"spec": self.run.spec.to_json(), "run_id": self.run.run_id, "run_dir": str(self.run.path)})
+        procs = hello["procs"] if isinstance(hello["procs"], int) else self.run.spec.procs
+        self._do(self.gang.node_here(index, procs, self._address_of(agent, hello)))
+
+    def _address_of(self, agent: _Agent, hello: dict[str, Any]) -> str | None:
+        """Where the other nodes reach this one."""
+        if self.run.spec.local_addr is not None and agent.process is not None:
+            return self.run.spec.local_addr
+        if agent.process is None:
+            return str(hello["address"])
+        for other in self._agents:
+            if other.process is None and other.joined:
+                return str(other.link.sock.getsockname()[0])  # others reached this very host there
+        return None
+
+    def _refuse(self, agent: _Agent, why: str) -> None:
+        with contextlib.suppress(ConnectionError):
+            agent.link.send({"refused": why})
+        self._say(f"refused a node: {why}")
+        self._drop(agent)
+
+    def _drop(self, agent: _Agent) -> None:
+        with contextlib.suppress(KeyError, ValueError):
+            self._selector.unregister(agent.link)
+        agent.link.close()
+        self._agents.remove(agent)
+
+    def _lost(self, agent: _Agent) -> None:
+        self._drop(agent)
+        how = "its connection was lost"
+        if agent.process is not None:
+            code = agent.process.wait()
+            how = f"its agent was killed by {signal_name(-code)}" if code < 0 else f"its agent left with code {code}"
+        if agent.index is None:
+            if agent.process is not None:
+                raise LaunchError(f"an agent on this machine ended before it began: {how}")
+            return
+        self._do(self.gang.node_gone(agent.index, how))
+
+    # -------------------------------------------------------------------------------------------- actions
+
+    def _do(self, actions: list[Action]) -> None:
+        for action in actions:
+            if action.kind == "send":
+                self._send(action.node, action.message)
+            elif action.kind == "started":
+                self._started = time.time()
+                self.run.set_state(attempt=self.gang.attempt)
+                self.run.event("attempt", attempt=self.gang.attempt, **action.message)
+            elif action.kind == "restarting":
+                self._restarting(action)
+            elif action.kind == "respawn":
+                self._meet_by = time.monotonic() + self._join_timeout_s
+                if action.node in self._spawned:
+                    self._spawn(action.node)
+            elif action.kind == "end":
+                assert action.outcome is not None
+                for agent in list(self._agents):
+                    with contextlib.suppress(ConnectionError):
+                        agent.link.send({"end": {"code": action.outcome.code}})
+
+    def _send(self, node: int, message: Message) -> None:
+        for agent in self._agents:
+            if agent.index == node:
+                with contextlib.suppress(ConnectionError):  # its end is on the way, as the end of the connection
+                    agent.link.send(message)
+
+    def _restarting(self, action: Action) -> None:
+        assert action.outcome is not None
+        cause, restart = action.message["cause"], action.message["restart"]
+        self.run.event("attempt-failed", attempt=self.gang.attempt - 1, cause=cause)
+        self._record_failure(action.outcome)
+        self._say(f"{cause}; restarting ({restart} of {self.run.spec.max_restarts})")
+
+    # -------------------------------------------------------------------------------------------- the end
+
+    def _await_agents(self, timeout_s: float = 10.0) -> None:
+        """Let the agents write their consoles out; a paused terminal does not hold up the end."""
+        deadline = time.monotonic() + timeout_s
+        for agent in self._agents:
+            if agent.process is not None:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    agent.process.wait(max(0.01, deadline - time.monotonic()))
+
+    def _record_failure(self, outcome: Outcome) -> None:
+        root = outcome.root
+        write_json(
+            self.run.path / "failure.json",
+            {
+                "cause": outcome.cause,
+                "attempt": self.gang.attempt - (0 if self.gang.phase is Phase.ENDED else 1),
+                "time": time.time(),
+                "exit_code": outcome.code if root is None else root.exit_code,
+                "first": None if root is None else root.exit.to_json(),
+                "left_early": root is not None and root.left_early,
+                "followers": [] if root is None else list(root.followers),
+            },
+        )
+
+    def _record_outcome(self, outcome: Outcome) -> None:
+        if outcome.status == "failed":
+            self._record_failure(outcome)
+        self.run.event("end", status=outcome.status, code=outcome.code, cause=outcome.cause, attempt=self.gang.attempt)
+        self.run.set_state(status=outcome.status, exit_code=outcome.code, cause=outcome.cause)
+
+    def _put_down(self) -> None:
+        """Nothing that was started here is left, however this ends."""
+        for agent in list(self._agents):
+            self._drop(agent)  # an agent without its supervisor stops its ranks and leaves
+            if agent.process is not None:
+                try:
+                    agent.process.wait(4)
+                except subprocess.TimeoutExpired:
+                    agent.process.kill()
+                    agent.process.wait()
+        end_descendants()
+
+
+def report(outcome: Outcome, world_size: int) -> str:
+    """The last words on the screen after a failure."""
+    if outcome.root is not None:
+        return render(outcome.root, world_size)
+    return outcome.cause
+
+
+def spec_pipe(data: dict[str, Any]) -> int:
+    """A descriptor from which an agent reads its node's own spec."""
+    read, write = os.pipe()
+    with open(write, "w") as file:
+        json.dump(data, file)
+    return read

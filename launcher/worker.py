@@ -1,0 +1,224 @@
+"""One rank, after the fork: make the process what a fresh interpreter would be, then run the program in it.
+
+What cannot be the same as in a fresh interpreter: variables that torch and its libraries read while they are imported
+(they were read once, in the zygote), and the hash seed (shared by the ranks of a node). numpy's OpenBLAS is loaded
+with one thread, since it would start its pool before the fork; the rank's own number is set here.
+"""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import importlib.machinery
+import io
+import json
+import os
+import random
+import runpy
+import signal
+import sys
+import time
+import traceback
+import types
+from typing import Any
+
+from launcher.processes import die_with_parent
+
+__all__ = ["run"]
+
+
+def run(order: dict[str, Any]) -> None:
+    """Carry out the zygote's order in this process; returns when the program ends, or raises what it raises.
+
+    The order holds: program (kind, target, args), python (interpreter), env, cwd, fds (stdout, stderr; none: keep),
+    terminal (stay in the terminal's session), parent (pid of the zygote), fork (False: exec a plain interpreter).
+    """
+    die_with_parent(order["parent"])
+    if not order["terminal"]:
+        os.setsid()
+    _restore_signals()
+    _redirect(order["fds"] if "fds" in order else [], keep_stdin=order["stdin"])
+    os.chdir(order["cwd"])
+    program = order["program"]
+    if program["kind"] == "command" or not order["fork"]:
+        _exec(order)
+    environment: dict[str, str] = order["env"]
+    os.environ.clear()
+    os.environ.update(environment)
+    _fresh_streams()
+    _fresh_randomness()
+    _set_threads(environment)
+    _run_python(program["kind"], program["target"], program["args"], order["python"], environment)
+
+
+def _restore_signals() -> None:
+    for number in signal.valid_signals():
+        if number in (signal.SIGKILL, signal.SIGSTOP):
+            continue
+        with contextlib.suppress(OSError, ValueError):
+            default: Any = signal.SIG_DFL
+            if number == signal.SIGINT:
+                default = signal.default_int_handler
+            elif number in (signal.SIGPIPE, getattr(signal, "SIGXFSZ", None)):
+                default = signal.SIG_IGN  # as the interpreter itself sets at start
+            signal.signal(number, default)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
+def _redirect(fds: list[int], *, keep_stdin: bool) -> None:
+    if not keep_stdin:
+        null = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(null, 0)
+        os.close(null)
+    for target, fd in zip((1, 2), fds, strict=False):
+        os.dup2(fd, target)
+        os.close(fd)
+
+
+def _exec(order: dict[str, Any]) -> None:
+    program = order["program"]
+    command = [program["target"], *program["args"]]
+    environment: dict[str, str] = order["env"]
+    if program["kind"] != "command":
+        # Whole lines reach the log as they are printed, and none is lost when the rank is killed.
+        environment.setdefault("PYTHONUNBUFFERED", "1")
+        command = [order["python"], *(["-m"] if program["kind"] == "module" else []), *command]
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # ignored signals would stay ignored across exec
+    if hasattr(signal, "SIGXFSZ"):
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    try:
+        os.execvpe(command[0], command, environment)
+    except OSError as error:
+        os.write(2, f"launch: {command[0]} cannot be started: {error.strerror}\n".encode())
+        os._exit(126 if isinstance(error, PermissionError) else 127)
+
+
+def _fresh_streams() -> None:
+    """sys.std* as the interpreter would make them, line-buffered so that no printed line is lost by a SIGKILL."""
+    encoding = "utf-8" if sys.flags.utf8_mode else None
+    write_through = bool(os.environ.get("PYTHONUNBUFFERED"))
+    for name, fd, mode in (("stdin", 0, "r"), ("stdout", 1, "w"), ("stderr", 2, "w")):
+        errors = "backslashreplace" if name == "stderr" else "strict"
+        raw = io.FileIO(fd, mode, closefd=False)
+        buffer = io.BufferedReader(raw) if mode == "r" else io.BufferedWriter(raw)
+        stream = io.TextIOWrapper(
+            buffer, encoding=encoding, errors=errors, line_buffering=mode == "w", write_through=write_through
+        )
+        stream.mode = mode
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
+
+
+def _fresh_randomness() -> None:
+    random.seed()
+    numpy = sys.modules.get("numpy")
+    if numpy is not None and "numpy.random" in sys.modules:
+        numpy.random.seed(None)
+    process = sys.modules.get("multiprocessing.process")
+    if process is not None:
+        process.current_process().authkey = os.urandom(32)
+    # torch's default generator starts from a constant in every interpreter, and so it does here.
+
+
+def _set_threads(environment: dict[str, str]) -> None:
+    wanted = environment.get("OPENBLAS_NUM_THREADS") or environment.get("OMP_NUM_THREADS", "").split(",")[0]
+    threads = int(wanted) if wanted.isdigit() else len(os.sched_getaffinity(0))
+    if threads > 1 and "numpy" in sys.modules:
+        _set_openblas_threads(threads)
+
+
+def _set_openblas_threads(threads: int) -> None:
+    import ctypes
+
+    with open("/proc/self/maps") as maps:
+        libraries = {line.split(None, 5)[-1].strip() for line in maps if "openblas" in line}
+    for path in libraries:
+        library = ctypes.CDLL(path)
+        for name in ("scipy_openblas_set_num_threads64_", "openblas_set_num_threads64_", "openblas_set_num_threads"):
+            function = getattr(library, name, None)
+            if function is not None:
+                function(ctypes.c_int(threads))
+                break
+
+
+def _run_python(kind: str, target: str, args: list[str], python: str, environment: dict[str, str]) -> None:
+    """The interpreter's own way of `python target args` or `python -m target args`, in a new `__main__`."""
+    error_file = environment.get("TORCHELASTIC_ERROR_FILE")
+    safe_path = bool(getattr(sys.flags, "safe_path", False))  # python -P, PYTHONSAFEPATH; since 3.11
+    for name in [n for n in sys.modules if n == "launcher" or n.startswith("launcher.")]:
+        del sys.modules[name]  # a user's own package of that name must be found
+    main = types.ModuleType("__main__")
+    main.__dict__.update(__builtins__=builtins, __loader__=None, __spec__=None, __package__=None)
+    if sys.version_info < (3, 14):
+        main.__dict__.setdefault("__annotations__", {})
+    sys.modules["__main__"] = main
+    sys.argv = [target, *args]
+    sys.orig_argv = [python, *(["-m"] if kind == "module" else []), target, *args]
+    try:
+        if kind == "module":
+            if not safe_path:
+                sys.path.insert(0, os.getcwd())
+            runpy._run_module_as_main(target)  # type: ignore[attr-defined]  # what the interpreter's -m calls
+        elif os.path.isdir(target) or target.endswith((".zip", ".pyz")):
+            sys.path.insert(0, target)
+            runpy._run_module_as_main("__main__", False)  # type: ignore[attr-defined]
+        else:
+            path = os.path.abspath(target)
+            if not safe_path:
+                sys.path.insert(0, os.path.dirname(os.path.realpath(target)))
+            main.__file__ = path
+            main.__dict__["__cached__"] = None
+            main.__loader__ = importlib.machinery.SourceFileLoader("__main__", path)
+            with open(path, "rb") as file:
+                source = file.read()
+            exec(compile(source, path, "exec", dont_inherit=True), main.__dict__)
+    except SystemExit:
+        raise  # the interpreter turns it into the exit code, prints a message, runs the exit handlers
+    except BaseException as error:
+        trace = error.__traceback__
+        while trace is not None and trace.tb_frame.f_globals is not main.__dict__:
+            trace = trace.tb_next
+        error = error.with_traceback(trace or error.__traceback__)
+        if error_file:
+            _write_error(error_file, error)
+        sys.excepthook(type(error), error, error.__traceback__)
+        if isinstance(error, KeyboardInterrupt):
+            # As the interpreter does: die of the signal, so that the parent sees it.
+            _finish()
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGINT)
+        raise SystemExit(1) from None
+
+
+def _finish() -> None:
+    import atexit
+    import threading
+
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()
+
+
+def _write_error(path: str, error: BaseException) -> None:
+    """The record that the agent reads, in the shape of torch's `@record`, at the moment of the exception."""
+    now = time.monotonic_ns()
+    lines = traceback.format_exception(type(error), error, error.__traceback__)
+    said = f"{type(error).__name__}: {error}"
+    record = {
+        "message": {
+            "message": said,
+            "extraInfo": {
+                "py_callstack": "".join(lines),
+                "timestamp": str(int(time.time())),
+                "monotonic_ns": now,
+                "wall_ns": time.time_ns(),
+            },
+        }
+    }
+    temporary = f"{path}.{os.getpid()}"
+    with contextlib.suppress(OSError), open(temporary, "w") as file:
+        json.dump(record, file)
+        file.close()
+        os.replace(temporary, path)
