@@ -72,13 +72,14 @@ def main(argv: list[str]) -> dict[str, Any] | None:
                 }
             }
         )
-        welcome = _first_message(link, join_timeout_s)
+        welcome, orders = _first_messages(link, join_timeout_s)
         if spec is None:
             spec = LaunchSpec.from_json(welcome["spec"])
         zygote, order = _fork_zygote(spec, base, link)
         if order is not None:
             return order
-        code = _run(spec, welcome, base, link, zygote)
+        node = Node(spec, welcome["run_id"], Path(welcome["run_dir"]), base, link, zygote, orders)
+        code = _run(node)
     except LaunchError as error:
         print(f"launch: agent on {socket.gethostname()}: {error}", file=sys.stderr, flush=True)
         code = error.exit_code
@@ -133,16 +134,17 @@ def _local_address(sock: socket.socket) -> str | None:
     return None if sock.family == socket.AF_UNIX else str(sock.getsockname()[0])
 
 
-def _first_message(link: Channel, timeout_s: float) -> Message:
+def _first_messages(link: Channel, timeout_s: float) -> tuple[Message, list[Message]]:
+    """The supervisor's welcome, and whatever came right behind it."""
     with selectors.DefaultSelector() as selector:
         selector.register(link, selectors.EVENT_READ)
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             selector.select(deadline - time.monotonic())
-            for message in link.receive():
-                if "refused" in message:
-                    raise MeetingError(f"refused by the supervisor: {message['refused']}")
-                return message
+            if messages := link.receive():
+                if "refused" in messages[0]:
+                    raise MeetingError(f"refused by the supervisor: {messages[0]['refused']}")
+                return messages[0], messages[1:]
             if link.closed:
                 raise ConnectionResetError("the supervisor closed the connection")
     raise MeetingError(f"the supervisor said nothing for {timeout_s:g} s")
@@ -191,11 +193,10 @@ def _fork_zygote(spec: LaunchSpec, base: dict[str, str], link: Channel) -> tuple
     return ours, None
 
 
-def _run(spec: LaunchSpec, welcome: Message, base: dict[str, str], link: Channel, zygote: Channel) -> int:
+def _run(node: Node) -> int:
     """The agent after the fork: torch elastic from here on."""
     from launcher.elastic import run_agent
 
-    node = Node(spec, welcome["run_id"], Path(welcome["run_dir"]), base, link, zygote)
     try:
         return run_agent(node)
     finally:
@@ -206,7 +207,14 @@ class Node:
     """The agent's event loop and all that it watches: supervisor, zygote, ranks, their pipes, signals."""
 
     def __init__(
-        self, spec: LaunchSpec, run_id: str, run_dir: Path, base: dict[str, str], link: Channel, zygote: Channel
+        self,
+        spec: LaunchSpec,
+        run_id: str,
+        run_dir: Path,
+        base: dict[str, str],
+        link: Channel,
+        zygote: Channel,
+        orders: list[Message],
     ) -> None:
         self.spec = spec
         self.run_id = run_id
@@ -215,7 +223,7 @@ class Node:
         self.base = base
         self.link = link
         self.zygote = zygote
-        self.orders: list[Message] = []  # from the supervisor, for the rendezvous: host, world, end
+        self.orders = list(orders)  # from the supervisor, for the rendezvous: host, world, end
         self.exits: dict[int, RankExit] = {}  # by local rank
         self._pids: dict[int, int] = {}  # alive, by local rank
         self._logs: dict[int, RankLog] = {}
@@ -370,7 +378,9 @@ class Node:
             self._paused.clear()
 
     def _read(self, pipe: int, local: int) -> None:
-        log = self._logs[local]
+        log = self._logs.get(local)
+        if log is None or pipe not in log.pipes:
+            return  # its rank was reaped, and its pipes read to the end, earlier in this turn
         if log.held_up(pipe):
             self._selector.unregister(pipe)
             self._paused.add(pipe)
