@@ -26,9 +26,9 @@ from launcher.channel import Channel, Message, keep_alive, pair
 from launcher.errors import LaunchError, MeetingError, UsageError
 from launcher.failure import RankExit, read_error_file
 from launcher.logs import Console, RankLog, prefix_for
+from launcher.processes import become_subreaper, end_descendants, threads_of
 from launcher.spec import LaunchSpec, keeps_terminal
 from launcher.topology import Place, World, places, rank_environment
-from launcher.processes import become_subreaper, end_descendants, threads_of
 from launcher.zygote import serve
 
 __all__ = ["main"]
@@ -81,7 +81,7 @@ def main(argv: list[str]) -> dict[str, Any] | None:
         node = Node(spec, welcome["run_id"], Path(welcome["run_dir"]), base, link, zygote, orders)
         code = _run(node)
     except LaunchError as error:
-        print(f"launch: agent on {socket.gethostname()}: {error}", file=sys.stderr, flush=True)
+        sys.stderr.write(f"launch: agent on {socket.gethostname()}: {error}\n")
         code = error.exit_code
     except ConnectionError:
         code = 1  # the supervisor is gone; it, or whoever killed it, tells the story
@@ -130,7 +130,7 @@ def _connect(host: str, port: int, timeout_s: float) -> socket.socket:
 
 
 def _local_address(sock: socket.socket) -> str | None:
-    """This node's address on the way to the supervisor: the one that peers are most likely to reach."""
+    """The node's address on the way to the supervisor: the one that peers are most likely to reach."""
     return None if sock.family == socket.AF_UNIX else str(sock.getsockname()[0])
 
 
@@ -159,10 +159,8 @@ def _fork_zygote(spec: LaunchSpec, base: dict[str, str], link: Channel) -> tuple
     os.environ["OPENBLAS_NUM_THREADS"] = "1"
     if spec.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    if spec.program.kind == "script":
-        entry = str((Path(spec.cwd) / spec.program.target).parent)
-    else:
-        entry = spec.cwd
+    script = Path(spec.cwd) / spec.program.target
+    entry = str(script.parent) if spec.program.kind == "script" else spec.cwd
     preload = () if spec.program.kind == "command" else spec.preload
     path = list(sys.path)
     for name in preload:
@@ -181,7 +179,9 @@ def _fork_zygote(spec: LaunchSpec, base: dict[str, str], link: Channel) -> tuple
             )
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
-        raise UsageError("a preloaded module initialised CUDA, which does not survive a fork: leave it out of --preload")
+        raise UsageError(
+            "a preloaded module initialised CUDA, which does not survive a fork: leave it out of --preload"
+        )
     pid = os.fork()
     if pid == 0:
         ours.close()
@@ -320,9 +320,7 @@ class Node:
             folder / f"rank-{place.rank}.log",
             console=self.console,
             shown={s: output.shown(place.rank, local, s) for s in (1, 2)},
-            prefix=prefix_for(
-                output.prefix, rank=place.rank, local_rank=local, role=self.spec.role, host=self.host
-            ),
+            prefix=prefix_for(output.prefix, rank=place.rank, local_rank=local, role=self.spec.role, host=self.host),
             copies=copies,
         )
 

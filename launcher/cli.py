@@ -7,6 +7,7 @@ import re
 import shlex
 import socket
 import sys
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
     from launcher.gang import Outcome
 
 __all__ = ["main"]
-
-SUBCOMMANDS = ("resume",)
 
 _HELP = """\
 Start a program on every GPU or CPU rank, keep it running, and say what happened.
@@ -43,6 +42,14 @@ _EPILOG = """\
 Exit code: 0 finished; 75 stopped cleanly, run again; 2 wrong usage; else the first failing rank's (128+n: signal n).
 """
 
+# torchrun's flags whose effect we do not have.
+_REFUSED = {
+    "logs_specs": "logs are files per rank in the run folder; see --tee, --redirects and --log-dir",
+    "numa_binding": "ranks are not bound to NUMA nodes; start the program under numactl with --no-python",
+    "duplicate_stdout_filters": "filter the rank's log in the run folder instead",
+    "duplicate_stderr_filters": "filter the rank's log in the run folder instead",
+}
+
 _GROUPS = (
     ("Ranks", ("gpus", "procs", "nodes", "backend", "preload", "no_preload")),
     ("Program", ("module", "no_python")),
@@ -55,10 +62,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Entry of the `launch` command."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        if arguments and arguments[0] in SUBCOMMANDS:
-            code = resume(arguments[1:])
-        else:
-            code = start(arguments)
+        code = resume(arguments[1:]) if arguments[:1] == ["resume"] else start(arguments)
     except click.exceptions.Exit as done:
         code = done.exit_code
     except click.ClickException as error:
@@ -94,13 +98,11 @@ class _Command(click.Command):
         for title, names in _GROUPS:
             rows = [r for name in names if (r := by_name[name].get_help_record(ctx)) is not None]
             with formatter.section(title):
-                formatter.write_dl(rows, col_max=24)
-        accepted = sorted(
-            opt for p in self.params if isinstance(p, click.Option) and p.hidden for opt in p.opts if opt.startswith("--")
-        )
-        formatter.write("\ntorchrun's, with its meaning: " )
-        formatter.write_text(" ".join(accepted))
-        formatter.write("\n" + _EPILOG)
+                formatter.write_dl(rows, col_max=29)
+        options = [p for p in self.params if isinstance(p, click.Option)]
+        accepted = [p.opts[-1] for p in options if p.hidden and p.envvar and p.name not in _REFUSED]
+        for text in ("torchrun's, with its meaning: " + " ".join(sorted(accepted)), _EPILOG):
+            formatter.write("\n" + textwrap.fill(text, formatter.width, break_on_hyphens=False) + "\n")
 
 
 def _torchrun(*names: str, **settings: Any) -> click.Option:
@@ -114,19 +116,22 @@ _PARAMETERS: list[click.Parameter] = [
     click.Option(["--procs"], type=int, metavar="N", help="ranks per node on the CPU"),
     click.Option(["--nodes"], type=int, metavar="N", help="number of nodes"),
     click.Option(["--backend"], type=click.Choice(["local"]), help="where to run"),
-    click.Option(["--preload"], metavar="M,...", help="modules imported once per node before ranks are forked [torch]"),
+    click.Option(["--preload"], metavar="M,...", help="modules that ranks have imported from birth [torch]"),
     click.Option(["--no-preload"], is_flag=True, help="plain interpreters instead of forked ranks"),
     click.Option(["-m", "--module"], is_flag=True, envvar="PET_MODULE", help="the program is a Python module"),
     click.Option(["--no-python"], is_flag=True, envvar="PET_NO_PYTHON", help="the program is any command"),
-    click.Option(["--run"], metavar="NAME|DIR", help="name of the run [script-time], or its folder; continues it if it is there"),
-    click.Option(["--max-restarts"], type=int, default=0, envvar="PET_MAX_RESTARTS", help="restarts after failures [0]"),
+    click.Option(["--run"], metavar="NAME|DIR", help="name or folder; goes on if it is there"),
+    click.Option(["--max-restarts"], type=int, default=0, envvar="PET_MAX_RESTARTS", metavar="N",
+                 help="restarts after failures [0]"),
     click.Option(["--grace", "--shutdown-timeout"], type=float, default=30.0, envvar="PET_SHUTDOWN_TIMEOUT",
                  metavar="S", help="seconds from SIGTERM to SIGKILL [30]"),
     click.Option(["--show-ranks"], metavar="0,3|all|none", help="global ranks shown on the console [0]"),
-    click.Option(["--log-dir"], envvar="PET_LOG_DIR", metavar="DIR", help="also write tee'd and redirected streams here, as torchrun does"),
-    click.Option(["-t", "--tee"], envvar="PET_TEE", metavar="0-3|R:N,..", help="streams to console and file: 1 stdout, 2 stderr, 3 both"),
-    click.Option(["-r", "--redirects"], envvar="PET_REDIRECTS", metavar="0-3|R:N,..", help="streams kept off the console"),
-    click.Option(["--local-ranks-filter"], envvar="PET_LOCAL_RANKS_FILTER", metavar="0,1", help="local ranks shown on the console"),
+    click.Option(["--log-dir"], envvar="PET_LOG_DIR", metavar="DIR", help="where --tee and --redirects write too"),
+    click.Option(["-t", "--tee"], envvar="PET_TEE", metavar="0-3|R:N",
+                 help="streams to show: 1 stdout, 2 stderr, 3 both"),
+    click.Option(["-r", "--redirects"], envvar="PET_REDIRECTS", metavar="0-3|R:N", help="streams not to show"),
+    click.Option(["--local-ranks-filter"], envvar="PET_LOCAL_RANKS_FILTER", metavar="0,1",
+                 help="local ranks shown on the console"),
     _torchrun("--nproc-per-node"),
     _torchrun("--nnodes"),
     _torchrun("--node-rank", type=int),
@@ -159,7 +164,9 @@ _COMMAND = _Command(
     context_settings={
         "allow_interspersed_args": False,
         "help_option_names": ["-h", "--help"],
-        "token_normalize_func": lambda token: token.replace("_", "-") if token.startswith("--") or "_" in token else token,
+        "token_normalize_func": lambda token: (
+            token.replace("_", "-") if token.startswith("--") or "_" in token else token
+        ),
         "max_content_width": 100,
     },
 )
@@ -223,13 +230,8 @@ def _spec_from(o: dict[str, Any]) -> LaunchSpec:
 
 
 def _refuse_unsupported(o: dict[str, Any]) -> None:
-    """torchrun's flags whose effect we do not have: say so instead of running without it."""
-    for name, why in (
-        ("logs_specs", "logs are files per rank in the run folder; see --tee, --redirects and --log-dir"),
-        ("numa_binding", "ranks are not bound to NUMA nodes; start the program under numactl with --no-python"),
-        ("duplicate_stdout_filters", "filter the rank's log in the run folder instead"),
-        ("duplicate_stderr_filters", "filter the rank's log in the run folder instead"),
-    ):
+    """Say so instead of running without what was asked for."""
+    for name, why in _REFUSED.items():
         if o[name]:
             raise UsageError(f"--{name.replace('_', '-')} is not supported: {why}")
     if o["event_log_handler"] not in (None, "null"):
@@ -258,7 +260,9 @@ def _nodes(o: dict[str, Any]) -> tuple[int, Meeting | None]:
     if o["nnodes"] is not None:
         least, _, most = o["nnodes"].partition(":")
         if most and most != least:
-            raise UsageError(f"--nnodes {o['nnodes']}: a number of nodes that changes is not supported; give one number")
+            raise UsageError(
+                f"--nnodes {o['nnodes']}: a number of nodes that changes is not supported; give one number"
+            )
         nodes = int(least)
     by_hand = o["rdzv_endpoint"] or o["node_rank"] is not None or o["master_addr"]
     if o["standalone"] or (nodes == 1 and not o["rdzv_endpoint"]):
@@ -269,7 +273,9 @@ def _nodes(o: dict[str, Any]) -> tuple[int, Meeting | None]:
         return nodes, None
     if o["backend"] == "local":
         if by_hand:
-            raise UsageError("--backend local starts all nodes here; leave --rdzv-endpoint, --node-rank and --master-addr out")
+            raise UsageError(
+                "--backend local starts all nodes here; leave --rdzv-endpoint, --node-rank and --master-addr out"
+            )
         return nodes, None
     if not by_hand:
         raise UsageError(
@@ -380,7 +386,7 @@ def _numbers(flag: str, text: str, form: str) -> tuple[int, ...]:
 
 
 def _streams(flag: str, text: str | None) -> dict[int, int]:
-    """torchrun's `3` or `0:3,1:1`: local rank -> bits; -1 is every rank."""
+    """Torchrun's `3` or `0:3,1:1`: local rank -> bits; -1 is every rank."""
     if not text:
         return {}
     if re.fullmatch(r"[0-3]", text):
@@ -419,18 +425,24 @@ def resume(argv: Sequence[str]) -> int:
     """`launch resume NAME|DIR`"""
     if len(argv) != 1 or argv[0].startswith("-"):
         if argv[:1] in (["-h"], ["--help"]):
-            print("Usage: launch resume NAME|DIR\n\nGo on with a run that was stopped or has failed, as it was started.")
+            print(
+                "Usage: launch resume NAME|DIR\n\nGo on with a run that was stopped or has failed, as it was started."
+            )
             return 0
         raise UsageError(f"launch resume takes one run name or folder; given: {shlex.join(argv) or 'nothing'}")
     path = runs.resolve(argv[0], Path.cwd())
     if not path.is_dir():
-        known = sorted((p.parent for p in runs.default_root(Path.cwd()).glob("*/run.json")), key=lambda p: p.stat().st_mtime)
+        known = sorted(
+            (p.parent for p in runs.default_root(Path.cwd()).glob("*/run.json")), key=lambda p: p.stat().st_mtime
+        )
         there = f"; runs here: {', '.join(p.name for p in known[-8:])}" if known else ""
         raise UsageError(f"there is no run {argv[0]!r} (looked for {path}){there}")
     with runs.RunFolder.open(path, None) as folder:
         folder.spec.program.check(Path(folder.spec.cwd))
         if folder.spec.meeting is not None:
-            raise UsageError("this run's nodes were started one by one: start each again with the same --rdzv-id and --run")
+            raise UsageError(
+                "this run's nodes were started one by one: start each again with the same --rdzv-id and --run"
+            )
         return _work(folder, None)
 
 
@@ -443,7 +455,8 @@ def _work(folder: runs.RunFolder, listener: socket.socket | None) -> int:
     nodes = f"{spec.nodes} node{'s' if spec.nodes > 1 else ''}"
     backend = "local" if listener is None else f"meeting at {spec.meeting.endpoint if spec.meeting else ''}"
     again = f", attempt {state['attempt'] + 1}" if state["attempt"] >= 0 else ""
-    say(f"{backend}, run {folder.run_id}{again}: {spec.procs} rank{'s' if spec.procs > 1 else ''} on {nodes}, folder {folder.path}")
+    ranks = f"{spec.world_size} rank{'s' if spec.world_size > 1 else ''}"
+    say(f"{backend}, run {folder.run_id}{again}: {ranks} on {nodes}, folder {folder.path}")
     if listener is None:
         from launcher.backends import local
 
@@ -473,4 +486,3 @@ def _resume_name(folder: runs.RunFolder) -> str:
     if folder.path.parent == runs.default_root(Path.cwd()):
         return shlex.quote(folder.run_id)
     return shlex.quote(str(folder.path))
-

@@ -6,7 +6,7 @@ import socket
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from torch.distributed import Store, TCPStore
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # its own documentation imports it here
 from torch.distributed.elastic.agent.server.api import (
     DEFAULT_ROLE,
     RunResult,
@@ -30,6 +30,8 @@ from launcher.topology import World, places
 if TYPE_CHECKING:
     import signal
     from collections.abc import Iterator
+
+    from torch.distributed.distributed_c10d import Store
 
     from launcher.agent import Node
 
@@ -83,7 +85,9 @@ class GangRendezvous(RendezvousHandler):
             listener.listen(2048)
         except OSError as error:
             listener.close()
-            raise MeetingError(f"--master-port {order['port']} cannot be used on this node: {error.strerror}") from error
+            raise MeetingError(
+                f"--master-port {order['port']} cannot be used on this node: {error.strerror}"
+            ) from error
         port = listener.getsockname()[1]
         self._store = TCPStore(
             addr, port, None, True, wait_for_workers=False, master_listen_fd=listener.detach(), use_libuv=True
@@ -132,7 +136,7 @@ class NodeAgent(SimpleElasticAgent):
         self._rendezvous_handler = rendezvous
         self._node = node
 
-    def _invoke_run(self, role: str = DEFAULT_ROLE) -> RunResult:
+    def _invoke_run(self, role: str = DEFAULT_ROLE) -> RunResult:  # noqa: ARG002
         group = self._worker_group
         while True:
             try:
@@ -173,10 +177,10 @@ class NodeAgent(SimpleElasticAgent):
             worker_group.workers[local_rank].id = pid
         worker_group.state = WorkerState.HEALTHY
 
-    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:  # noqa: ARG002
         world = self._rendezvous_handler.world
         assert world is not None
-        return dict(self._node.start(world, worker_group.group_rank))
+        return dict(self._node.start(world, self._rendezvous_handler.index))
 
     def _stop_workers(self, worker_group: WorkerGroup, *_: Any, **__: Any) -> None:  # noqa: ARG002
         self._node.stop(0.0)

@@ -1,10 +1,10 @@
 """What can go wrong in launching, split by what the reader can do about it.
 
-    LaunchError
-    ├── UsageError       the command or the call is wrong: mend it (exit code 2)
-    ├── RunError         the run folder is in use, finished, or not what was asked for
-    ├── MeetingError     nodes that should meet did not: names who is missing and where they were awaited
-    └── InternalError    our own invariant broke: please report it
+LaunchError
+├── UsageError       the command or the call is wrong: mend it (exit code 2)
+├── RunError         the run folder is in use, finished, or not what was asked for
+├── MeetingError     nodes that should meet did not: names who is missing and where they were awaited
+└── InternalError    our own invariant broke: please report it
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ _LOST_PEER = re.compile(
 
 @dataclass(frozen=True)
 class RankExit:
-    """How one rank ended. `code` is the exit status, or minus the signal's number; `asked`: after we told it to stop."""
+    """How one rank ended. `code`: exit status, or minus the signal's number; `asked`: after we told it to stop."""
 
     rank: int
     local_rank: int

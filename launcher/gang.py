@@ -197,7 +197,13 @@ class Gang:
             self.restarts += 1
             self.attempt += 1
             self.phase = Phase.MEETING
-            actions = [Action("restarting", message={"cause": cause, "restart": self.restarts}, outcome=Outcome("failed", 1, cause, root))]
+            actions = [
+                Action(
+                    "restarting",
+                    message={"cause": cause, "restart": self.restarts},
+                    outcome=Outcome("failed", 1, cause, root),
+                )
+            ]
             actions += [Action("respawn", i) for i, _ in gone]
             return actions + self._meet()
         code = root.exit_code if root is not None else 1
@@ -206,7 +212,9 @@ class Gang:
     def _stopped(self, root: RootCause | None, codes: set[int]) -> Outcome:
         assert self.stop_cause is not None
         if root is not None:
-            return Outcome("failed", root.exit_code, f"{self.stop_cause}; while stopping rank {root.exit.rank} failed", root)
+            return Outcome(
+                "failed", root.exit_code, f"{self.stop_cause}; while stopping rank {root.exit.rank} failed", root
+            )
         if codes and codes <= {0, 75}:
             return Outcome("stopped", 75, self.stop_cause)
         killed = sorted(-c for c in codes if c < 0)
@@ -214,7 +222,11 @@ class Gang:
             worst = signal.SIGKILL if signal.SIGKILL in killed else killed[0]
             how = f"ranks ended by {signal_name(worst)}"
             if worst == signal.SIGKILL:
-                how = f"ranks were killed, {self._grace_s:g} s of grace were over" if not self._hurried else "ranks were killed at once"
+                how = (
+                    f"ranks were killed, {self._grace_s:g} s of grace were over"
+                    if not self._hurried
+                    else "ranks were killed at once"
+                )
             return Outcome("stopped", 128 + worst, f"{self.stop_cause}; {how}")
         other = sorted(codes - {0, 75})
         return Outcome("stopped", other[0] if other else 75, self.stop_cause)

@@ -1,4 +1,4 @@
-"""What the ranks print: pipes -> one file per rank and attempt, whole prefixed lines on the console, last lines kept."""
+"""What the ranks print: pipes -> a file per rank and attempt, whole prefixed lines on the console, last lines kept."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Console:
             while view and fd not in broken:
                 try:
                     view = view[os.write(fd, view) :]
-                except BlockingIOError:
+                except BlockingIOError:  # noqa: PERF203
                     # Somebody else made the shared terminal non-blocking; wait until it takes more.
                     threading.Event().wait(0.01)
                 except OSError:
@@ -119,7 +119,7 @@ class RankLog:
         return self._shown[self.pipes[pipe]] and self._console.full
 
     def read(self, pipe: int, rounds: int = 16) -> bool:
-        """Take what is in the pipe (at most `rounds` chunks, so that one loud rank starves nobody); False at its end."""
+        """Take what is in the pipe, at most `rounds` chunks: one loud rank starves nobody. False at its end."""
         stream = self.pipes[pipe]
         for _ in range(rounds):
             try:
@@ -178,7 +178,7 @@ class RankLog:
 
 
 def prefix_for(template: str, *, rank: int, local_rank: int, role: str, host: str) -> bytes:
-    """torchrun's `--log-line-prefix-template`, and our own default `[${rank}] `."""
+    """Torchrun's `--log-line-prefix-template`, and our own default `[${rank}] `."""
     values = {"rank": rank, "local_rank": local_rank, "role_name": role, "hostname": host}
     return Template(template).safe_substitute(values).encode()
 

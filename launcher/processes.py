@@ -7,6 +7,7 @@ import ctypes
 import os
 import signal
 import time
+from pathlib import Path
 
 __all__ = [
     "become_subreaper",
@@ -44,8 +45,8 @@ def die_with_parent(parent: int, number: int = signal.SIGKILL) -> None:
 def threads_of(pid: int | str = "self") -> list[str]:
     """The names of a process's threads."""
     names = []
-    for task in os.listdir(f"/proc/{pid}/task"):
-        with contextlib.suppress(OSError), open(f"/proc/{pid}/task/{task}/comm") as file:
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(OSError), open(task / "comm") as file:
             names.append(file.read().strip())
     return names
 
@@ -53,8 +54,8 @@ def threads_of(pid: int | str = "self") -> list[str]:
 def children_of(pid: int) -> list[int]:
     found: list[int] = []
     try:
-        for task in os.listdir(f"/proc/{pid}/task"):
-            with open(f"/proc/{pid}/task/{task}/children") as file:
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            with open(task / "children") as file:
                 found += map(int, file.read().split())
     except OSError:
         pass  # it is gone

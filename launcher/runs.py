@@ -1,12 +1,12 @@
 """The run folder and its records: what a launch leaves for people, for `trainer`, and for the next launch of the run.
 
-    run.json                the spec, who made it, when
-    state.json              running | finished | failed | stopped, the last attempt, exit code (replaced atomically)
-    events.jsonl            one line per thing that happened, appended
-    failure.json            the first failure of the last failed attempt
-    stop-<attempt>.json     cause and deadline of a stop request, written before the ranks are told
-    logs/attempt-<n>/rank-<r>.log   everything that rank printed
-    run.lock                held while a launch works on the run
+run.json                the spec, who made it, when
+state.json              running | finished | failed | stopped, the last attempt, exit code (replaced atomically)
+events.jsonl            one line per thing that happened, appended
+failure.json            the first failure of the last failed attempt
+stop-<attempt>.json     cause and deadline of a stop request, written before the ranks are told
+logs/attempt-<n>/rank-<r>.log   everything that rank printed
+run.lock                held while a launch works on the run
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ import os
 import secrets
 import socket
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launcher.errors import RunError, UsageError
 from launcher.spec import RUN_NAME, LaunchSpec
 
 if TYPE_CHECKING:
+    from pathlib import Path
     from types import TracebackType
 
     from launcher.spec import Program

@@ -133,7 +133,7 @@ class LaunchSpec:
         for name in self.stop_signals:
             if name not in signal.Signals.__members__ or name in ("SIGKILL", "SIGSTOP"):
                 raise UsageError(f"--signals-to-handle: {name!r} is no signal that can be handled")
-        if not os.path.isabs(self.cwd):
+        if not Path(self.cwd).is_absolute():
             raise UsageError(f"the working directory {self.cwd!r} is not absolute")
 
     @property

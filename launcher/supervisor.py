@@ -178,7 +178,9 @@ class Supervisor:
             self.run.write_stop(self.gang.attempt, cause, time.time() + self.run.spec.grace_s)
             self.run.event("stop", cause=cause, attempt=self.gang.attempt)
             if self._own_session:
-                self._say(f"{cause}: asking the ranks to save and leave, {self.run.spec.grace_s:g} s from now they are killed")
+                self._say(
+                    f"{cause}: asking the ranks to save and leave, {self.run.spec.grace_s:g} s from now they are killed"
+                )
         self._do(self.gang.stop(cause))
 
     # -------------------------------------------------------------------------------------------- agents
@@ -233,7 +235,9 @@ class Supervisor:
         if index is None:
             index = next(iter(self.gang.missing), None)
         if index is None or not 0 <= index < len(self.gang.nodes):
-            self._refuse(agent, f"node rank {hello['node_rank']} is outside 0..{len(self.gang.nodes) - 1}, or all nodes are here")
+            self._refuse(
+                agent, f"node rank {hello['node_rank']} is outside 0..{len(self.gang.nodes) - 1}, or all nodes are here"
+            )
             return
         if self.gang.nodes[index].here:
             self._refuse(agent, f"node rank {index} is taken by another node; give each its own --node-rank")

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["serve"]
 
+
 class Rank:
     """What the zygote knows of a child it forked; the pidfd keeps a signal from ever reaching a reused pid."""
 

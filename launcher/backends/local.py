@@ -1,4 +1,4 @@
-"""This machine: one agent, or several as a rehearsal of a cluster."""
+"""The local machine: one agent, or several as a rehearsal of a cluster."""
 
 from __future__ import annotations
 
