@@ -36,6 +36,8 @@ for _name in list(os.environ):
     if _name.startswith(_FOREIGN) or _name in _FOREIGN_NAMES:
         del os.environ[_name]
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# lightning writes this one when it is imported.
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
 
 
 def poll_until(condition: Callable[[], object], timeout: float = 20.0, what: str = "condition") -> object:
@@ -88,6 +90,8 @@ def leak_police(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
     private.mkdir(exist_ok=True)
     tempfile.tempdir = None
     os.environ["TMPDIR"] = str(private)
+    # torch's compiler makes a folder in TMPDIR and names it in the environment as soon as parts of it are imported.
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path_factory.getbasetemp() / "inductor")
     environment = dict(os.environ)
     children, threads, sockets, files = _children(), set(threading.enumerate()), _sockets(), set(os.listdir(private))
     handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)}
