@@ -139,6 +139,9 @@ class Metrics:
         self._callback: dict[str, Tensor] = {}
         self._logged: dict[str, Tensor] = {}
         self._progress: dict[str, float] = {}
+        self._epoch: dict[str, float] = {}
+        # Whether an evaluation logs anything per step, which is rare.
+        self.logs_evaluation_steps = False
         self._capacity = _CAPACITY
         self._steps_are_synced: bool | None = None
 
@@ -286,6 +289,8 @@ class Metrics:
         entry.reset()
         self._restore(entry)
         self._entries[key] = entry
+        if by_step and not self.training:
+            self.logs_evaluation_steps = True
         return entry
 
     # ----------------------------------------------------------------------------- where the loop is
@@ -389,7 +394,14 @@ class Metrics:
         if keep:
             for entry, value in reported:
                 self._publish(entry, value, on_step=False)
+                if entry.logger and self.training:
+                    self._epoch[entry.names(on_step=False)[1]] = value.item()
         return reported
+
+    def epoch_values(self) -> dict[str, float]:
+        """What the training epoch's reports gave for the loggers, once."""
+        values, self._epoch = self._epoch, {}
+        return values
 
     def _exchange(self, labels: list[str], values: list[float]) -> list[list[float]]:
         """Every rank's values, in rank order; an error if the ranks do not hold the same labels.

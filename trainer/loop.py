@@ -1,0 +1,653 @@
+"""The step, the epoch and the evaluation: plain code that reads top to bottom.
+
+What can be known before the first batch (which hooks somebody overrides, whether batches move, how the optimizer is
+stepped) is decided by the Trainer and stands in a `Fit` or an `Evaluation`; a step only looks at it.
+
+A checkpoint may be written by a hook in the middle of the work that follows a batch. `state.resume_at` then says
+which hook that was, and a resumed run goes on behind it:
+
+    ""                 between two batches: the next thing is a batch
+    "batch_end"        on_train_batch_end has run; the step report, validation and what follows are to come
+    "validation"       the validation after this batch was broken off by a stop; it is done again
+    "validation_end"   the validation is over; plateau schedulers and what follows are to come
+    "epoch_end"        on_train_epoch_end has run; the epoch's report and what follows are to come
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from trainer.errors import ModuleError
+from trainer.optimizers import parameters_of
+from trainer.progress import TRAIN, VALIDATE
+from trainer.ranks import rank_zero_info, rank_zero_warn
+from trainer.state import RunningStage, TrainerFn
+from trainer.stop import END_OF_EVALUATION
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from trainer.combined import CombinedFeed
+    from trainer.distributed import World
+    from trainer.hooks import Hooks
+    from trainer.loading import Feed
+    from trainer.metrics import Metrics
+    from trainer.module import Module
+    from trainer.optimizers import SchedulerConfig, WrappedOptimizer
+    from trainer.parallel import Parallel
+    from trainer.precision import Precision
+    from trainer.progress import ProgressPage
+    from trainer.signals import StopSignals
+    from trainer.state import TrainState
+    from trainer.stop import StopAgreement
+    from trainer.trainer import Trainer
+
+
+class Stopping(BaseException):
+    """Ends the loops at the place where all ranks have agreed to stop; never leaves the Trainer."""
+
+
+@dataclass(slots=True)
+class Fit:
+    """One call of `fit`, with everything decided that can be decided before the first batch."""
+
+    trainer: Trainer
+    state: TrainState
+    module: Module
+    hooks: Hooks
+    metrics: Metrics
+    world: World
+    parallel: Parallel
+    precision: Precision
+    signals: StopSignals
+    agreement: StopAgreement
+    page: ProgressPage | None
+    step: Callable[[Any, int], Any]
+    move: Callable[[Any, int], Any] | None
+    optimizer: Any
+    wrapped: WrappedOptimizer | None
+    # The optimizer is stepped through a closure: it wants one, or the module overrides optimizer_step.
+    by_closure: bool
+    schedulers: list[SchedulerConfig]
+    gradient_clip_val: float | None
+    gradient_clip_algorithm: str
+    # Clipping and on_before_optimizer_step; None if there is neither.
+    before_step: Callable[[Any], None] | None = None
+    feed: Feed | CombinedFeed = None  # type: ignore[assignment] # the loaders are asked for last
+    batches_per_epoch: float = 0
+    validation: Evaluation | None = None
+    # Set per epoch: validate after every so many batches (0: not in this epoch), counted over epochs or not.
+    validate_every: float = 0
+    validate_seconds: float | None = None
+    last_validation: float = 0.0
+    # The random state at the start of a validation, which a broken-off one starts from again.
+    validation_rng: Any = None
+    # The loss of the newest batch, for the progress page only.
+    loss: Tensor | None = None
+    warned: set[str] = field(default_factory=set)
+
+
+@dataclass(slots=True)
+class Evaluation:
+    """A validation or test: its loaders and how its steps are called."""
+
+    trainer: Trainer
+    module: Module
+    hooks: Hooks
+    metrics: Metrics
+    world: World
+    precision: Precision
+    signals: StopSignals
+    agreement: StopAgreement
+    page: ProgressPage | None
+    # "validation" or "test"
+    name: str
+    step: Callable[..., Any]
+    move: Callable[[Any, int], Any] | None
+    feeds: list[Feed]
+    limits: list[float]
+    # With a mode other than "sequential" the loaders are gone through together, as one.
+    together: CombinedFeed | None = None
+    inference_mode: bool = True
+
+
+# ------------------------------------------------------------------------------------------------- training
+
+
+def fit(run: Fit) -> None:
+    """Train until a limit is reached."""
+    state, hooks = run.state, run.hooks
+    if hooks.on_train_start is not None:
+        hooks.on_train_start()
+    run.last_validation = time.monotonic() - state.elapsed
+    while not _done(run):
+        train_epoch(run)
+    if hooks.on_train_end is not None:
+        hooks.on_train_end()
+
+
+def _done(run: Fit) -> bool:
+    """Whether a limit of the whole fit is reached."""
+    trainer, state = run.trainer, run.state
+    if state.resume_at:
+        return False
+    if run.batches_per_epoch == 0:
+        rank_zero_info("fit ends: there are no training batches.")
+        return True
+    if 0 <= trainer.max_steps <= state.global_step:
+        rank_zero_info(f"fit ends: max_steps={trainer.max_steps} reached.")
+        return True
+    if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= state.epoch:
+        rank_zero_info(f"fit ends: max_epochs={trainer.max_epochs} reached.")
+        return True
+    return trainer.should_stop and may_stop(run)
+
+
+def may_stop(run: Fit) -> bool:
+    """Whether `should_stop` may be followed: min_epochs and min_steps are met."""
+    trainer, state = run.trainer, run.state
+    if state.global_step < (trainer.min_steps or 0):
+        return False
+    return state.epoch >= (trainer.min_epochs or 0)
+
+
+def train_epoch(run: Fit) -> None:
+    """One epoch, from wherever `state` says, to its end or to a limit."""
+    trainer, state, hooks, metrics = run.trainer, run.state, run.hooks, run.metrics
+    agreement, signals, page = run.agreement, run.signals, run.page
+    trainer.prepare_epoch(run)
+    if state.resume_at == "epoch_end":
+        end_epoch(run)
+        return
+    if state.batch == 0 and not state.resume_at:
+        state.position = []
+        metrics.hook = "on_train_epoch_start"
+        if hooks.on_train_epoch_start is not None:
+            hooks.on_train_epoch_start()
+        state.accumulate = trainer.accumulate_grad_batches
+    trainer.accumulate_grad_batches = state.accumulate
+    limit = run.batches_per_epoch
+    metrics.hook = "training_step"
+    over = False
+    if state.resume_at:
+        over = after_batch(run, state.batch >= limit)
+    log_every = trainer.log_every_n_steps
+    # Validation at the end of the epoch needs no look at the counters after each batch.
+    across = trainer.check_val_every_n_epoch is None
+    every = 0 if run.validate_every == float("inf") or run.validate_every == limit and not across else run.validate_every
+
+    batches = _limited(run, limit) if not over and state.batch < limit else iter(())
+    for batch, is_last in batches:
+        stepped = train_batch(run, batch, state.batch, is_last)
+        if stepped is None:
+            break
+        if page is not None:
+            page.pack_step(page.buffer, 8, state.global_step, TRAIN, state.epoch, time.monotonic_ns())
+            if run.loss is not None and run.loss.is_cpu:
+                page.pack_loss(page.buffer, 48, run.loss.item())
+        if (
+            is_last
+            or trainer.should_stop
+            or (every and (state.batches if across else state.batch) % every == 0)
+            or run.validate_seconds is not None
+        ):
+            if after_batch(run, is_last):
+                break
+        elif stepped:
+            if log_every and (state.logger_step + 1) % log_every == 0:
+                trainer.report_step()
+            if run.schedulers:
+                step_schedulers(run, "step", plateau=True)
+            state.logger_step += 1
+            state.resume_at = ""
+            if 0 <= trainer.max_steps <= state.global_step:
+                break
+        if stepped:
+            agreement.place = place = state.batches << 32
+            if signals.requested:
+                agreement.request()
+            if place >= agreement.limit and agreement.reached(place):
+                raise Stopping
+    end_epoch(run)
+
+
+def _limited(run: Fit, limit: float) -> Iterator[tuple[Any, bool]]:
+    """The rest of the epoch's batches, each with whether it is the last one."""
+    feed, state = run.feed, run.state
+    batches = feed.batches(state.epoch, state.position[0] if state.position else 0)
+    if limit != float("inf"):
+        last = limit - 1
+        for batch in batches:
+            yield batch, state.batch == last
+            if state.batch > last:
+                return
+        return
+    # Without a length the last batch is known only once the next one is not there.
+    try:
+        batch, position, weight = next(batches), feed.position, feed.weight
+    except StopIteration:
+        return
+    for following in batches:
+        ahead, feed.position = feed.position, position
+        ahead_weight, feed.weight = feed.weight, weight
+        yield batch, False
+        batch, position, weight = following, ahead, ahead_weight
+    feed.position, feed.weight = position, weight
+    yield batch, True
+
+
+def train_batch(run: Fit, batch: Any, index: int, is_last: bool) -> bool | None:
+    """One batch: gradients, and at the end of an accumulation window the optimizer's step.
+
+    Returns whether the optimizer stepped; None if on_train_batch_start asked to skip the rest of the epoch.
+    """
+    hooks, metrics, state, feed = run.hooks, run.metrics, run.state, run.feed
+    if run.move is not None:
+        batch = run.move(batch, 0)
+    metrics.batch = batch
+    metrics.batch_size = None
+    metrics.weight = feed.weight
+    if hooks.on_train_batch_start is not None and hooks.on_train_batch_start(batch, index) == -1:
+        return None
+
+    stepping = is_last or (index + 1) % state.accumulate == 0
+    if not run.module.automatic_optimization:
+        output = run.step(batch, index)
+        stepping = True
+    elif not stepping:
+        with run.parallel.no_sync():
+            output = micro_batch(run, batch, index)
+    elif run.optimizer is None:
+        output = micro_batch(run, batch, index)
+        state.global_step += 1
+    elif run.by_closure:
+        output = _step_by_closure(run, batch, index)
+        state.global_step += 1
+    else:
+        output = micro_batch(run, batch, index)
+        optimizer, scaler = run.optimizer, run.precision.scaler
+        if scaler is None:
+            if run.before_step is not None:
+                run.before_step(optimizer)
+            optimizer.step()
+        else:
+            scaler.unscale_(optimizer)
+            if run.before_step is not None:
+                run.before_step(optimizer)
+            scaler.step(optimizer)
+            scaler.update()
+        state.global_step += 1
+
+    state.batch += 1
+    state.batches += 1
+    state.position = [feed.position]
+    if run.schedulers:
+        if stepping:
+            step_schedulers(run, "step", plateau=False)
+        if is_last:
+            step_schedulers(run, "epoch", plateau=False)
+    if hooks.on_train_batch_end is not None:
+        state.resume_at = "batch_end"
+        hooks.on_train_batch_end(_outputs(output), batch, index)
+    metrics.batch = None
+    return stepping
+
+
+def micro_batch(run: Fit, batch: Any, index: int) -> Any:
+    """Forward, clear the gradients if a window begins, backward. Returns what training_step returned."""
+    hooks, precision = run.hooks, run.precision
+    if precision.plain:
+        output = run.step(batch, index)
+    else:
+        with precision.context():
+            output = run.step(batch, index)
+    loss = output if type(output) is Tensor else _loss_of(run, output)
+    accumulate = run.state.accumulate
+    if index % accumulate == 0 and run.optimizer is not None:
+        if hooks.on_before_zero_grad is not None:
+            hooks.on_before_zero_grad(run.optimizer)
+        if hooks.optimizer_zero_grad is None:
+            run.optimizer.zero_grad()
+        else:
+            hooks.optimizer_zero_grad(run.state.epoch, index, run.optimizer)
+    if loss is None:
+        return output
+    run.loss = loss
+    if accumulate != 1:
+        loss = loss / accumulate
+    if run.feed.weight != 1.0:
+        loss = loss * run.feed.weight
+    if hooks.on_before_backward is not None:
+        hooks.on_before_backward(loss)
+    if precision.scaler is not None:
+        loss = precision.scaler.scale(loss)
+    if hooks.backward is None:
+        loss.backward()
+    else:
+        hooks.backward(loss)
+    if hooks.on_after_backward is not None:
+        hooks.on_after_backward()
+    return output
+
+
+def _loss_of(run: Fit, output: Any) -> Tensor | None:
+    """The loss in what training_step returned, or None to skip the batch."""
+    if isinstance(output, Mapping):
+        loss = output.get("loss")
+        if loss is None:
+            raise ModuleError(
+                f"training_step returned a dict with the keys {sorted(map(str, output))}; it needs the key 'loss'. "
+                "(To log values use self.log; a dict under 'log' has no meaning.)"
+            )
+        if not isinstance(loss, Tensor):
+            raise ModuleError(f"training_step returned a 'loss' of type {type(loss).__name__}; it must be a tensor.")
+        return loss
+    if isinstance(output, Tensor):
+        return output
+    if output is None:
+        if run.world.size > 1:
+            raise ModuleError(
+                "training_step returned None on a run with several ranks: the other ranks would wait for this one's "
+                "gradients. Return a loss of zero weight instead, e.g. 0.0 * loss."
+            )
+        if "none" not in run.warned:
+            run.warned.add("none")
+            rank_zero_warn("training_step returned None: such batches are skipped.")
+        return None
+    raise ModuleError(
+        f"training_step returned {type(output).__name__}; allowed are a tensor, a dict with 'loss', and None."
+    )
+
+
+def _outputs(output: Any) -> Any:
+    """What on_train_batch_end gets: a dict with the detached loss."""
+    if isinstance(output, Tensor):
+        return {"loss": output.detach()}
+    if isinstance(output, Mapping):
+        return {k: v.detach() if k == "loss" and isinstance(v, Tensor) else v for k, v in output.items()}
+    return {} if output is None else output
+
+
+def _step_by_closure(run: Fit, batch: Any, index: int) -> Any:
+    """An optimizer that evaluates the loss itself (LBFGS), or a module that overrides optimizer_step."""
+    output: Any = None
+
+    def closure() -> Tensor | None:
+        nonlocal output
+        with torch.enable_grad():
+            output = micro_batch(run, batch, index)
+        return None if output is None else run.loss
+
+    if run.hooks.optimizer_step is not None:
+        run.hooks.optimizer_step(run.state.epoch, index, run.wrapped, closure)
+    else:
+        assert run.wrapped is not None
+        run.wrapped.step(closure)
+    return output
+
+
+def clip(run: Fit, optimizer: Any) -> None:
+    """Clip the gradients as the Trainer was told, or as the module wants."""
+    if run.hooks.configure_gradient_clipping is not None:
+        run.hooks.configure_gradient_clipping(optimizer, run.gradient_clip_val, run.gradient_clip_algorithm)
+    elif run.gradient_clip_val is not None:
+        run.parallel.clip(parameters_of(optimizer), run.gradient_clip_val, run.gradient_clip_algorithm)
+
+
+def step_schedulers(run: Fit, interval: str, *, plateau: bool) -> None:
+    """Step the schedulers of one interval that are due. Plateau schedulers come later, when values are logged."""
+    if not run.module.automatic_optimization:
+        return
+    state = run.state
+    count = state.batch if interval == "step" else state.epoch + 1
+    for config in run.schedulers:
+        if config.interval != interval or config.reduce_on_plateau != plateau or count % config.frequency:
+            continue
+        value = None
+        if plateau:
+            value = run.metrics.callback_metrics.get(config.monitor or "")
+            if value is None:
+                known = sorted(run.metrics.callback_metrics)
+                text = f"A scheduler monitors {config.monitor!r}, which was not logged. Logged so far: {known}."
+                if config.strict:
+                    raise ModuleError(text + " Log it, or give the scheduler 'strict': False.")
+                rank_zero_warn(text)
+                continue
+        if run.hooks.lr_scheduler_step is not None:
+            run.hooks.lr_scheduler_step(config.scheduler, value)
+        elif value is None:
+            config.scheduler.step()
+        else:
+            config.scheduler.step(value)
+
+
+def _validation_is_due(run: Fit, is_last: bool) -> bool:
+    if run.validate_every == float("inf"):
+        return is_last
+    count = run.state.batches if run.trainer.check_val_every_n_epoch is None else run.state.batch
+    return count % run.validate_every == 0
+
+
+def after_batch(run: Fit, is_last: bool) -> bool:
+    """What follows a batch where more than the next batch is due. Returns whether the epoch ends here."""
+    trainer, state, hooks = run.trainer, run.state, run.hooks
+    stepped = is_last or state.batch % state.accumulate == 0 or not run.module.automatic_optimization
+    if state.resume_at in ("", "batch_end"):
+        log_every = trainer.log_every_n_steps
+        if stepped and log_every and ((state.logger_step + 1) % log_every == 0 or trainer.should_stop):
+            trainer.report_step()
+        stopping = trainer.should_stop and may_stop(run)
+        due = bool(run.validate_every) and (_validation_is_due(run, is_last) or stopping)
+        if run.validate_seconds is not None:
+            due = bool(run.validate_every) and (
+                stopping or run.world.any(time.monotonic() - run.last_validation >= run.validate_seconds)
+            )
+        if due:
+            state.resume_at = "validation"
+    if state.resume_at == "validation" and run.validation is not None:
+        if stepped:
+            if hooks.on_validation_model_zero_grad is not None:
+                hooks.on_validation_model_zero_grad()
+            else:
+                run.module.zero_grad()
+        run.validation_rng = trainer.rng_state()
+        trainer.state.stage = RunningStage.VALIDATING
+        evaluate(run.validation)
+        trainer.state.stage = RunningStage.TRAINING
+        run.validation_rng = None
+        run.last_validation = time.monotonic()
+        run.metrics.enter("train")
+        run.metrics.hook = "training_step"
+        state.resume_at = "validation_end"
+    if stepped:
+        if run.schedulers:
+            step_schedulers(run, "step", plateau=True)
+        state.logger_step += 1
+    state.resume_at = ""
+    if 0 <= trainer.max_steps <= state.global_step:
+        return True
+    return trainer.should_stop and may_stop(run)
+
+
+def end_epoch(run: Fit) -> None:
+    """Hooks, schedulers and the report at the end of an epoch."""
+    trainer, state, hooks, metrics = run.trainer, run.state, run.hooks, run.metrics
+    metrics.batch = None
+    metrics.weight = 1.0
+    metrics.epoch_report()
+    if state.resume_at != "epoch_end":
+        metrics.hook = "on_train_epoch_end"
+        if hooks.on_train_epoch_end is not None:
+            hooks.on_train_epoch_end()
+            metrics.epoch_report(("on_train_epoch_end",))
+        state.resume_at = "epoch_end"
+        if hooks.on_train_epoch_end_monitoring is not None:
+            hooks.on_train_epoch_end_monitoring()
+    if run.schedulers and state.batch >= run.batches_per_epoch:
+        step_schedulers(run, "epoch", plateau=True)
+    trainer.report_epoch()
+    metrics.reset()
+    state.epoch += 1
+    state.batch = 0
+    state.position = []
+    state.resume_at = ""
+    trainer.after_epoch(run)
+
+
+# ----------------------------------------------------------------------------------------------- evaluation
+
+
+def evaluate(run: Evaluation) -> list[dict[str, float]]:
+    """One pass over the evaluation loaders. Returns what was logged, one dict per loader.
+
+    Modules are in eval mode inside and get their own modes back; gradients are off.
+    """
+    if not sum(run.limits):
+        return []
+    trainer, hooks, metrics, name = run.trainer, run.hooks, run.metrics, run.name
+    modes = {m: m.training for m in run.module.modules()}
+    to_eval = getattr(hooks, f"on_{name}_model_eval")
+    to_train = getattr(hooks, f"on_{name}_model_train")
+    with torch.inference_mode() if run.inference_mode else torch.no_grad():
+        metrics.enter(name)
+        if to_eval is not None:
+            to_eval()
+        else:
+            run.module.eval()
+        _call(metrics, hooks, f"on_{name}_start")
+        _call(metrics, hooks, f"on_{name}_epoch_start")
+        for number in range(1 if run.together is not None else len(run.feeds)):
+            _evaluate_loader(run, number)
+        metrics.dataloader_idx = metrics.batch = None
+        metrics.weight = 1.0
+        results = metrics.epoch_report(keep=not trainer.sanity_checking)
+        epoch_end = f"on_{name}_epoch_end"
+        if getattr(hooks, epoch_end) is not None:
+            _call(metrics, hooks, epoch_end)
+            results += metrics.epoch_report((epoch_end,), keep=not trainer.sanity_checking)
+        if not trainer.sanity_checking:
+            trainer.report_evaluation({e.names(on_step=False)[1]: v for e, v in results if e.logger})
+            if trainer.state.fn is TrainerFn.FITTING:
+                trainer.train_state.resume_at = "validation_end"
+        _call(metrics, hooks, f"on_{name}_end")
+        metrics.reset()
+    if to_train is not None:
+        to_train()
+    else:
+        for child, mode in modes.items():
+            child.training = mode
+    everywhere = {e.names(on_step=False)[1]: v.item() for e, v in results if e.dataloader_idx is None}
+    per_loader: list[dict[str, float]] = [{} for _ in run.feeds] if run.together is None else [{}]
+    for entry, value in results:
+        if entry.dataloader_idx is not None:
+            per_loader[entry.dataloader_idx][entry.names(on_step=False)[1]] = value.item()
+    return [own | everywhere for own in per_loader]
+
+
+def _call(metrics: Metrics, hooks: Hooks, name: str) -> None:
+    hook = getattr(hooks, name)
+    if hook is not None:
+        metrics.hook = name
+        hook()
+
+
+def _evaluate_loader(run: Evaluation, number: int) -> None:
+    """The batches of one loader (or of several that are gone through together)."""
+    trainer, hooks, metrics, agreement = run.trainer, run.hooks, run.metrics, run.agreement
+    several = run.together is None and len(run.feeds) > 1
+    feed: Any = run.feeds[number] if run.together is None else run.together
+    limit = run.limits[number] if run.together is None else min(run.limits)
+    if trainer.sanity_checking:
+        limit = min(limit, trainer.num_sanity_val_steps)
+    before = getattr(hooks, f"on_{run.name}_batch_start")
+    after = getattr(hooks, f"on_{run.name}_batch_end")
+    rest = (number,) if several else ()
+    metrics.dataloader_idx = number if several else None
+    base = trainer.train_state.batches << 32
+    for index, batch in enumerate(feed.batches(trainer.train_state.epoch, 0) if limit else ()):
+        if run.move is not None:
+            batch = run.move(batch, number)
+        metrics.batch = batch
+        metrics.batch_size = None
+        metrics.weight = feed.weight
+        metrics.hook = f"{run.name}_step"
+        if before is not None:
+            before(batch, index, *rest)
+        if run.precision.plain:
+            output = run.step(batch, index, *rest)
+        else:
+            with run.precision.context():
+                output = run.step(batch, index, *rest)
+        if after is not None:
+            after(output, batch, index, *rest)
+        if not trainer.sanity_checking:
+            trainer.report_evaluation_step(index)
+        if run.page is not None:
+            run.page.step(trainer.train_state.global_step, VALIDATE, trainer.train_state.epoch)
+        _stop_here(run.signals, agreement, base + index + 1)
+        if index + 1 >= limit:
+            break
+    _stop_here(run.signals, agreement, base + END_OF_EVALUATION)
+
+
+def _stop_here(signals: StopSignals, agreement: StopAgreement, place: int) -> None:
+    if place > agreement.place:
+        agreement.place = place
+    if signals.requested:
+        agreement.request()
+    if place >= agreement.limit and agreement.reached(place):
+        raise Stopping
+
+
+def predict(run: Evaluation, *, keep: bool) -> list[Any]:
+    """Predictions of every loader, on the CPU: a list per loader, or one list if there is one loader."""
+    trainer, hooks = run.trainer, run.hooks
+    modes = {m: m.training for m in run.module.modules()}
+    predictions: list[list[Any]] = [[] for _ in run.feeds]
+    with torch.inference_mode() if run.inference_mode else torch.no_grad():
+        if hooks.on_predict_model_eval is not None:
+            hooks.on_predict_model_eval()
+        else:
+            run.module.eval()
+        _call(run.metrics, hooks, "on_predict_start")
+        _call(run.metrics, hooks, "on_predict_epoch_start")
+        for number, feed in enumerate(run.feeds):
+            rest = (number,) if len(run.feeds) > 1 else ()
+            limit = run.limits[number]
+            for index, batch in enumerate(feed.batches(0, 0) if limit else ()):
+                trainer.predict_indices = getattr(feed, "indices", None)
+                if run.move is not None:
+                    batch = run.move(batch, number)
+                if hooks.on_predict_batch_start is not None:
+                    hooks.on_predict_batch_start(batch, index, *rest)
+                run.metrics.hook = "predict_step"
+                if run.precision.plain:
+                    output = run.step(batch, index, *rest)
+                else:
+                    with run.precision.context():
+                        output = run.step(batch, index, *rest)
+                if hooks.on_predict_batch_end is not None:
+                    hooks.on_predict_batch_end(output, batch, index, *rest)
+                if keep and feed.weight:
+                    predictions[number].append(_to_cpu(output))
+                _stop_here(run.signals, run.agreement, index + 1)
+                if index + 1 >= limit:
+                    break
+        run.metrics.hook = "on_predict_epoch_end"
+        trainer.predictions = predictions
+        _call(run.metrics, hooks, "on_predict_epoch_end")
+        _call(run.metrics, hooks, "on_predict_end")
+    for child, mode in modes.items():
+        child.training = mode
+    return predictions[0] if len(predictions) == 1 else predictions
+
+
+def _to_cpu(output: Any) -> Any:
+    return tree_map(lambda v: v.cpu() if isinstance(v, Tensor) else v, output)
