@@ -7,6 +7,9 @@
     |-- LoggingError       `self.log` was used in a way that cannot give one number
     |-- DataError          a loader, sampler or dataset cannot be used as asked: change the data
     |-- CheckpointError    a checkpoint cannot be written, found or read
+    |   |-- CheckpointNotFoundError   there is none at this place: look at the path
+    |   |-- CheckpointDamagedError    its bytes are not those that were written: take an older one
+    |   |-- CheckpointWriteError      the store refused or lost it: look at the disk or the service
     |-- DistributedError   the ranks did not meet, or one of them is gone: look at the other ranks
 
 A message says what was given, what is allowed, and what to do.
@@ -41,6 +44,18 @@ class DataError(TrainerError):
 
 class CheckpointError(TrainerError):
     """A checkpoint cannot be written, found, verified or read."""
+
+
+class CheckpointNotFoundError(CheckpointError):
+    """There is no whole checkpoint at the place that was given."""
+
+
+class CheckpointDamagedError(CheckpointError):
+    """A file of a committed checkpoint is missing, cut off, or holds other bytes than were written."""
+
+
+class CheckpointWriteError(CheckpointError):
+    """A checkpoint could not be made durable. The ones before it are untouched."""
 
 
 class DistributedError(TrainerError):
