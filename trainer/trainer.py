@@ -363,6 +363,7 @@ class Trainer:
             if isinstance(child, Module) and child is not module:
                 child.__dict__["_metrics"] = module.__dict__["_metrics"]
         for logger in self.loggers:
+            logger.agree(self.world)
             _ = getattr(logger, "experiment", None)  # made now, so that setup() may use it
         self.world.barrier("before setup()")
         for owner in (self.datamodule, *self.callbacks, module):

@@ -1,0 +1,9 @@
+"""Loggers: where the metrics of a run go."""
+
+from __future__ import annotations
+
+from trainer.loggers.csv import CSVLogger
+from trainer.loggers.logger import Logger
+from trainer.loggers.tensorboard import TensorBoardLogger
+
+__all__ = ["CSVLogger", "Logger", "TensorBoardLogger"]

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from trainer.callbacks.checkpoint import Checkpoint
+    from trainer.distributed import World
 
 
 class Logger(ABC):
@@ -66,6 +67,9 @@ class Logger(ABC):
 
     def log_graph(self, model: nn.Module, input_array: Tensor | None = None) -> None:
         """Write the model's graph, where the logger can show one."""
+
+    def agree(self, world: World) -> None:
+        """Take over rank 0's version. Called on every rank when the ranks have met, before anything is logged."""
 
     def resume(self, step: int) -> None:
         """Training goes on after `step` optimizer steps: what an earlier attempt logged for later ones is void.
@@ -147,26 +151,26 @@ def flat_params(params: Mapping[str, Any], separator: str = "/") -> dict[str, An
 _asked: dict[tuple[str, str], int] = {}
 
 
-def remembered(key: str, choose: Callable[[], int | str]) -> int | str:
-    """The version (or id) for `key` that this run chose in an earlier attempt, else `choose()`, remembered.
+def remembered(key: str, choose: Callable[[], int | str]) -> tuple[int | str, bool]:
+    """The version (or id) for `key` that this run chose in an earlier attempt and True, else `choose()` and False.
 
     Outside a run folder nothing is remembered. Only rank 0 may call this: it writes `logs.json` in the run folder.
     """
     run_dir = read_ranks().run_dir
     if run_dir is None:
-        return choose()
+        return choose(), False
     number = _asked.get((run_dir, key), 0)
     _asked[run_dir, key] = number + 1
     path = Path(run_dir) / "logs.json"
     known: dict[str, list[int | str]] = json.loads(path.read_text()) if path.exists() else {}
     versions = known.setdefault(key, [])
     if number < len(versions):
-        return versions[number]
+        return versions[number], True
     versions.append(choose())
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     temporary.write_text(json.dumps(known, indent=1))
     os.replace(temporary, path)
-    return versions[number]
+    return versions[number], False
 
 
 def claim_version(root_dir: str) -> int:
