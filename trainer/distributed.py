@@ -1,0 +1,253 @@
+"""The process group, the device, and the collectives that the rest uses."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from trainer.errors import ConfigError, DistributedError
+from trainer.ranks import Ranks, read_ranks
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from types import TracebackType
+
+__all__ = ["World", "choose_device", "connect"]
+
+_OPS = {
+    "sum": dist.ReduceOp.SUM,
+    "mean": dist.ReduceOp.SUM,
+    "max": dist.ReduceOp.MAX,
+    "min": dist.ReduceOp.MIN,
+}
+
+
+class World:
+    """This rank's place, its device, and the group of all ranks (none where there is one rank only).
+
+    Every rank must call each collective, in the same order. `close` destroys the group only if `connect` made it.
+    """
+
+    def __init__(self, ranks: Ranks, device: torch.device, *, owns_group: bool) -> None:
+        self.ranks = ranks
+        self.device = device
+        self.size = ranks.world_size
+        self.rank = ranks.rank
+        self.is_global_zero = ranks.rank == 0
+        self.is_local_zero = ranks.local_rank == 0
+        self._owns_group = owns_group
+        self._barriers = itertools.count()
+
+    def barrier(self, what: str, timeout_s: float | None = None) -> None:
+        """Wait until all ranks are here.
+
+        With `timeout_s` (math.inf: a year) the wait is on the store, so it may outlast the group's own timeout.
+
+        Raises:
+            DistributedError: not all came in time, or one was lost; names `what`, and who is missing if that is known.
+        """
+        if self.size == 1:
+            return
+        number = next(self._barriers)
+        if timeout_s is not None:
+            self._store_barrier(f"trainer/barrier/{number}", what, timeout_s)
+            return
+        try:
+            self.all_reduce(torch.zeros(1, device=self.device))
+        except RuntimeError as error:
+            raise DistributedError(f"rank {self.rank} waited for the others at {what!r}: {error}") from error
+
+    def _store_barrier(self, key: str, what: str, timeout_s: float) -> None:
+        # A connection of its own: a wait on the shared one would lock the collectives of other threads out.
+        store = dist.distributed_c10d._get_default_store().clone()
+        seconds = 365 * 86400.0 if math.isinf(timeout_s) else timeout_s
+        store.set(f"{key}/{self.rank}", "here")
+        if store.add(f"{key}/count", 1) == self.size:
+            store.set(f"{key}/open", "1")
+        try:
+            store.wait([f"{key}/open"], timedelta(seconds=seconds))
+        except RuntimeError as error:
+            missing = [r for r in range(self.size) if not store.check([f"{key}/{r}"])]
+            raise DistributedError(
+                f"rank {self.rank} waited {timeout_s:g} s at {what!r}; not there: ranks {_some(missing)} of {self.size}."
+            ) from error
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        """`obj` of rank `src`, on every rank. It is pickled: for small things between the ranks of one job."""
+        if self.size == 1:
+            return obj
+        box = [obj]
+        dist.broadcast_object_list(box, src=src, device=self.device if self.device.type == "cuda" else None)
+        return box[0]
+
+    def gather(self, obj: Any) -> list[Any]:
+        """Every rank's `obj`, by rank, on every rank."""
+        if self.size == 1:
+            return [obj]
+        everyone: list[Any] = [None] * self.size
+        dist.all_gather_object(everyone, obj)
+        return everyone
+
+    def all_reduce(self, tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
+        """Reduce `tensor` in place over all ranks ("sum", "mean", "max", "min"); returns it."""
+        if op not in _OPS:
+            raise ConfigError(f"all_reduce op {op!r}: one of {', '.join(_OPS)} is possible.")
+        if self.size > 1:
+            dist.all_reduce(tensor, op=_OPS[op])
+            if op == "mean":
+                tensor /= self.size
+        return tensor
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is true on any rank."""
+        if self.size == 1:
+            return flag
+        found = torch.tensor([int(flag)], dtype=torch.int32, device=self.device)
+        return bool(self.all_reduce(found, "max").item())
+
+    def close(self) -> None:
+        """Destroy the group if it is ours. Twice is once."""
+        if self._owns_group:
+            self._owns_group = False
+            if dist.is_initialized():
+                dist.destroy_process_group()
+
+    def __enter__(self) -> World:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def connect(
+    *,
+    accelerator: str = "auto",
+    devices: int | str | list[int] = "auto",
+    num_nodes: int = 1,
+    timeout_s: float = 1800.0,
+    environ: Mapping[str, str] | None = None,
+) -> World:
+    """Join the other ranks that the environment tells of; a process that is alone makes no group.
+
+    accelerator: "auto", "cpu", "gpu", "cuda" or "mps". devices: "auto", -1, a count or a list of indices per node,
+    which must agree with what the launcher started. A group that exists already is used as it is.
+
+    Raises:
+        ConfigError: the arguments and the environment contradict each other, or there is no such device.
+        DistributedError: the ranks did not meet within `timeout_s`.
+    """
+    ranks = read_ranks(environ)
+    _check_request(ranks, devices, num_nodes)
+    device = choose_device(accelerator, devices, ranks)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if ranks.world_size == 1:
+        return World(ranks, device, owns_group=False)
+    if dist.is_initialized():
+        if dist.get_world_size() != ranks.world_size:
+            raise DistributedError(
+                f"A process group of {dist.get_world_size()} ranks exists, but the environment tells of "
+                f"{ranks.world_size}."
+            )
+        return World(ranks, device, owns_group=False)
+    if ranks.master_addr is None or ranks.master_port is None:
+        raise DistributedError(
+            f"{ranks.world_size} ranks should meet, but MASTER_ADDR or MASTER_PORT is not set. Start the script with "
+            "launch, torchrun or srun."
+        )
+    backend = {"cuda": "nccl", "cpu": "gloo"}.get(device.type)
+    if backend is None:
+        raise ConfigError(f"accelerator={device.type!r} runs on one process only; the environment tells of several.")
+    try:
+        if ranks.started_by == "slurm":
+            address = f"[{ranks.master_addr}]" if ":" in ranks.master_addr else ranks.master_addr
+            dist.init_process_group(
+                backend,
+                init_method=f"tcp://{address}:{ranks.master_port}",
+                rank=ranks.rank,
+                world_size=ranks.world_size,
+                timeout=timedelta(seconds=timeout_s),
+                device_id=device if device.type == "cuda" else None,
+            )
+        else:
+            dist.init_process_group(
+                backend,
+                timeout=timedelta(seconds=timeout_s),
+                device_id=device if device.type == "cuda" else None,
+            )
+    except (RuntimeError, ValueError) as error:
+        raise DistributedError(
+            f"rank {ranks.rank} of {ranks.world_size} did not meet the others at {ranks.master_addr} port "
+            f"{ranks.master_port}: {error}"
+        ) from error
+    return World(ranks, device, owns_group=True)
+
+
+def _check_request(ranks: Ranks, devices: int | str | list[int], num_nodes: int) -> None:
+    count = len(devices) if isinstance(devices, list) else devices if isinstance(devices, int) else None
+    if isinstance(devices, str) and devices not in ("auto", "-1"):
+        if not devices.isdigit():
+            raise ConfigError(f"devices={devices!r}: give a count, a list of indices, -1 or 'auto'.")
+        count = int(devices)
+    if count is not None and count != -1 and count < 1:
+        raise ConfigError(f"devices={devices!r} asks for no device; give at least 1, -1 or 'auto'.")
+    if count not in (None, -1) and count != ranks.local_world_size:
+        if ranks.started_by == "python":
+            raise ConfigError(
+                f"devices={devices!r} needs {count} processes, and this script was started as one. "
+                f"Start it with: launch --procs {count} {Path(sys.argv[0]).name}  (or --gpus {count})"
+            )
+        raise ConfigError(
+            f"devices={devices!r} contradicts the launcher, which started {ranks.local_world_size} ranks on this node. "
+            "Leave devices='auto'."
+        )
+    if num_nodes not in (1, ranks.num_nodes):
+        raise ConfigError(
+            f"num_nodes={num_nodes} contradicts the launcher, which started ranks on {ranks.num_nodes} node(s). "
+            "Leave num_nodes=1 to take the launcher's number."
+        )
+
+
+def choose_device(accelerator: str, devices: int | str | list[int], ranks: Ranks) -> torch.device:
+    """The device of this rank."""
+    name = {"gpu": "cuda"}.get(accelerator, accelerator)
+    if accelerator in ("tpu", "ipu", "hpu"):
+        raise ConfigError(f"accelerator={accelerator!r} is not supported; cpu, gpu (cuda) and mps are.")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if _mps_alone(ranks) else "cpu"
+    elif accelerator == "gpu" and not torch.cuda.is_available() and _mps_alone(ranks):
+        name = "mps"
+    if name == "cpu":
+        return torch.device("cpu")
+    if name == "mps":
+        if not torch.backends.mps.is_available():
+            raise ConfigError("accelerator='mps': this machine has no such device.")
+        return torch.device("mps")
+    if name != "cuda":
+        raise ConfigError(f"accelerator={accelerator!r}: one of auto, cpu, gpu, cuda, mps is possible.")
+    found = torch.cuda.device_count()
+    if not torch.cuda.is_available() or found == 0:
+        raise ConfigError(f"accelerator={accelerator!r}, but torch finds no CUDA device here; use accelerator='cpu'.")
+    index = devices[ranks.local_rank] if isinstance(devices, list) else ranks.local_rank
+    if found == 1 and not isinstance(devices, list):
+        index = 0  # the launcher shows each rank its own GPU only
+    if not 0 <= index < found:
+        raise ConfigError(f"rank {ranks.rank} should use GPU {index}, but torch finds {found} on this node.")
+    return torch.device("cuda", index)
+
+
+def _mps_alone(ranks: Ranks) -> bool:
+    return ranks.world_size == 1 and torch.backends.mps.is_available()
+
+
+def _some(numbers: list[int], most: int = 16) -> str:
+    return ", ".join(map(str, numbers[:most])) + (", ..." if len(numbers) > most else "")
