@@ -24,7 +24,7 @@ from typing import Any
 from launcher import worker
 from launcher.channel import Channel, Message, keep_alive, pair
 from launcher.errors import LaunchError, MeetingError, UsageError
-from launcher.failure import RankExit, read_error_file
+from launcher.failure import RankExit, read_error_file, signal_name
 from launcher.logs import Console, RankLog, prefix_for
 from launcher.processes import become_subreaper, end_descendants, threads_of
 from launcher.spec import LaunchSpec, keeps_terminal
@@ -49,6 +49,7 @@ def main(argv: list[str]) -> dict[str, Any] | None:
     for name in ("LAUNCH_JOIN_TIMEOUT_S", "LAUNCH_NODE_SPEC_FD"):
         base.pop(name, None)
     become_subreaper()
+    link: Channel | None = None
     try:
         if argv[0] == "fd":
             link = Channel(socket.socket(fileno=int(argv[1])))
@@ -66,6 +67,7 @@ def main(argv: list[str]) -> dict[str, Any] | None:
                     "token": secret,
                     "host": socket.gethostname(),
                     "pid": os.getpid(),
+                    "now_ns": time.monotonic_ns(),
                     "node_rank": None if node_rank is None else int(node_rank),
                     "procs": None if spec is None else spec.procs,
                     "address": _local_address(link.sock),
@@ -75,18 +77,28 @@ def main(argv: list[str]) -> dict[str, Any] | None:
         welcome, orders = _first_messages(link, join_timeout_s)
         if spec is None:
             spec = LaunchSpec.from_json(welcome["spec"])
-        zygote, order = _fork_zygote(spec, base, link)
+        zygote, zygote_pid, order = _fork_zygote(spec, base, link)
         if order is not None:
             return order
-        node = Node(spec, welcome["run_id"], Path(welcome["run_dir"]), base, link, zygote, orders)
+        node = Node(spec, welcome["run_id"], Path(welcome["run_dir"]), base, link, zygote, zygote_pid, orders)
         code = _run(node)
     except LaunchError as error:
-        sys.stderr.write(f"launch: agent on {socket.gethostname()}: {error}\n")
         code = error.exit_code
+        _tell_why(link, error)
     except ConnectionError:
         code = 1  # the supervisor is gone; it, or whoever killed it, tells the story
     sys.stderr.flush()
     os._exit(code)
+
+
+def _tell_why(link: Channel | None, error: LaunchError) -> None:
+    """To the supervisor, whose report names it; to this node's own screen if that cannot be."""
+    try:
+        if link is None or link.closed:
+            raise ConnectionResetError
+        link.send({"leaving": {"why": str(error), "code": error.exit_code}})
+    except ConnectionError:
+        sys.stderr.write(f"launch: agent on {socket.gethostname()}: {error}\n")
 
 
 def _parse(text: str) -> dict[str, Any]:
@@ -150,8 +162,8 @@ def _first_messages(link: Channel, timeout_s: float) -> tuple[Message, list[Mess
     raise MeetingError(f"the supervisor said nothing for {timeout_s:g} s")
 
 
-def _fork_zygote(spec: LaunchSpec, base: dict[str, str], link: Channel) -> tuple[Channel, dict[str, Any] | None]:
-    """Preload and fork; the second value is an order in a forked rank, None in the agent."""
+def _fork_zygote(spec: LaunchSpec, base: dict[str, str], link: Channel) -> tuple[Channel, int, dict[str, Any] | None]:
+    """Preload and fork: the channel to the zygote and its pid; in a forked rank the last value is its order."""
     ours, theirs = pair()
     if spec.procs > 1:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -186,11 +198,11 @@ def _fork_zygote(spec: LaunchSpec, base: dict[str, str], link: Channel) -> tuple
     if pid == 0:
         ours.close()
         link.sock.close()
-        return theirs, serve(theirs)
+        return theirs, 0, serve(theirs)
     theirs.close()
     os.environ.clear()
     os.environ.update(base)
-    return ours, None
+    return ours, pid, None
 
 
 def _run(node: Node) -> int:
@@ -214,6 +226,7 @@ class Node:
         base: dict[str, str],
         link: Channel,
         zygote: Channel,
+        zygote_pid: int,
         orders: list[Message],
     ) -> None:
         self.spec = spec
@@ -223,6 +236,7 @@ class Node:
         self.base = base
         self.link = link
         self.zygote = zygote
+        self._zygote_pid = zygote_pid
         self.orders = list(orders)  # from the supervisor, for the rendezvous: host, world, end
         self.exits: dict[int, RankExit] = {}  # by local rank
         self._pids: dict[int, int] = {}  # alive, by local rank
@@ -230,7 +244,7 @@ class Node:
         self._pages: dict[int, tuple[int, mmap.mmap]] = {}
         self._places: dict[int, Place] = {}
         self._world: World | None = None
-        self._asked = False
+        self._asked_ns: int | None = None
         self._kill_at: float | None = None
         self._swept = False
         self._paused: set[int] = set()
@@ -256,7 +270,7 @@ class Node:
 
     def start(self, world: World, node: int) -> dict[int, int]:
         """Start this node's ranks; returns their pids by local rank."""
-        self._world, self._asked, self._kill_at, self._swept = world, False, None, False
+        self._world, self._asked_ns, self._kill_at, self._swept = world, None, None, False
         self.exits, self._pids, self._oom_kills = {}, {}, _oom_kills()
         folder = self.run_dir / "logs" / f"attempt-{world.attempt}"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -328,8 +342,8 @@ class Node:
 
     def stop(self, grace_s: float) -> None:
         """SIGTERM to the ranks themselves, not to what they started; SIGKILL of the trees when the grace is over."""
-        if not self._asked:
-            self._asked = True
+        if self._asked_ns is None:
+            self._asked_ns = time.monotonic_ns()
             for local in self._pids:
                 self.zygote.send({"order": "signal", "key": str(local), "number": int(signal.SIGTERM)})
         deadline = time.monotonic() + grace_s
@@ -423,8 +437,11 @@ class Node:
             elif "swept" in report:
                 self._swept = True
         if self.zygote.closed:
+            _, status = os.waitpid(self._zygote_pid, 0)
+            code = os.waitstatus_to_exitcode(status)
             end_descendants()
-            raise LaunchError("its zygote died; the ranks died with it")
+            how = f"was killed by {signal_name(-code)}" if code < 0 else f"left with code {code}"
+            raise LaunchError(f"its zygote (pid {self._zygote_pid}) {how}, and its ranks with it")
 
     def _reaped(self, local: int, report: Message) -> None:
         place, world = self._places[local], self._world
@@ -443,6 +460,9 @@ class Node:
         page, mapping = self._pages.pop(local)
         mapping.close()
         os.close(page)
+        error = read_error_file(folder / f"rank-{place.rank}.error.json")
+        failed_ns = int((error or {}).get("monotonic_ns", report["ns"]))
+        asked = self._asked_ns is not None and failed_ns >= self._asked_ns
         ended = RankExit(
             rank=place.rank,
             local_rank=local,
@@ -451,15 +471,15 @@ class Node:
             pid=report["pid"],
             code=report["code"],
             ended_ns=report["ns"],
-            asked=self._asked,
+            asked=asked,
             log=str(folder / f"rank-{place.rank}.log"),
-            error=read_error_file(folder / f"rank-{place.rank}.error.json"),
+            error=error,
             tail=tail,
-            killed_for_memory=report["code"] == -signal.SIGKILL and not self._asked and _oom_kills() > self._oom_kills,
+            killed_for_memory=report["code"] == -signal.SIGKILL and not asked and _oom_kills() > self._oom_kills,
         )
         self.exits[local] = ended
         self.link.send({"exited": ended.to_json(), "attempt": world.attempt})
-        if ended.failed and not self._asked:
+        if ended.failed:
             self.stop(_ABORT_GRACE_S)
         if not self._pids and len(self.exits) == len(self._places):
             self.zygote.send({"order": "sweep", "grace_s": _ABORT_GRACE_S})
@@ -472,7 +492,6 @@ class Node:
         self.console.close()
         signal.set_wakeup_fd(-1)
         self._selector.close()
-        self.link.close()
 
 
 def _oom_kills() -> int:

@@ -479,7 +479,7 @@ def _tell(folder: runs.RunFolder, outcome: Outcome) -> None:
         say(f"run {folder.run_id} stopped ({outcome.cause}); go on with: launch resume {_resume_name(folder)}")
     else:
         say(f"run {folder.run_id} failed with exit code {outcome.code}")
-        print(report(outcome, folder.spec.world_size), file=sys.stderr, flush=True)
+        print(report(outcome, folder), file=sys.stderr, flush=True)
 
 
 def _resume_name(folder: runs.RunFolder) -> str:

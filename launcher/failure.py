@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import signal
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -70,6 +70,13 @@ class RankExit:
             return bool(_LOST_PEER.search("\n".join(self.tail[-15:])))
         return False
 
+    def on_clock(self, shift_ns: int) -> RankExit:
+        """The same exit, its times moved to another node's monotonic clock."""
+        error = self.error
+        if error is not None and isinstance(error.get("monotonic_ns"), int):
+            error = {**error, "monotonic_ns": error["monotonic_ns"] + shift_ns}
+        return replace(self, ended_ns=self.ended_ns + shift_ns, error=error)
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -105,12 +112,14 @@ def find_root(exits: Iterable[RankExit]) -> RootCause | None:
     """The first failure, or None if nothing failed.
 
     Order: failures that are no lost-peer reports, by time; else, if only followers failed, a rank that had left
-    before with success (it is the peer they lost); else the earliest follower.
+    before with success (it is the peer they lost); else the earliest follower. What broke after the ranks were asked
+    to leave counts only if nothing broke before.
     """
     ended = sorted(exits, key=lambda e: (e.failed_ns, e.rank))
     failed = [e for e in ended if e.failed]
     if not failed:
         return None
+    failed = [e for e in failed if not e.asked] or failed
     own = [e for e in failed if not e.lost_peer]
     if own:
         first = own[0]

@@ -58,7 +58,7 @@ class Gang:
     """The state of one run under one supervisor. `handle_*` methods return the actions to take, in order."""
 
     def __init__(self, slots: list[int], *, first_attempt: int, max_restarts: int, grace_s: float,
-                 master_port: int | None = None, can_respawn: bool = True) -> None:  # fmt: skip
+                 master_port: int | None = None) -> None:  # fmt: skip
         self.nodes = [_Node(procs) for procs in slots]
         self.attempt = first_attempt
         self.restarts = 0
@@ -69,8 +69,8 @@ class Gang:
         self._max_restarts = max_restarts
         self._grace_s = grace_s
         self._master_port = master_port
-        self._can_respawn = can_respawn
         self._hurried = False
+        self._hopeless: int | None = None
 
     @property
     def missing(self) -> list[int]:
@@ -95,7 +95,6 @@ class Gang:
         if self.phase is not Phase.HOSTING or attempt != self.attempt:
             return []
         self.phase = Phase.RUNNING
-        self.exits = {}
         world = World(self.attempt, self.restarts, tuple(n.procs for n in self.nodes), addr, port)
         actions = [Action("started", message={"world_size": world.size})]
         for index, node in enumerate(self.nodes):
@@ -133,12 +132,17 @@ class Gang:
         self.nodes[index].drained = True
         return self._next_if_quiet()
 
-    def node_gone(self, index: int, how: str) -> list[Action]:
-        """Its agent is lost, and with it (it saw to that, or the kernel did) its ranks."""
+    def node_gone(self, index: int, how: str, *, hopeless: int | None = None) -> list[Action]:
+        """Its agent is lost, and with it (it saw to that, or the kernel did) its ranks.
+
+        hopeless: the exit code of a run that starting the agent again cannot help (a wrong --preload).
+        """
         node = self.nodes[index]
         if self.phase is Phase.ENDED or not node.here:
             return []
         node.here, node.gone, node.drained = False, how, True
+        if hopeless is not None:
+            self._hopeless = hopeless
         if self.phase in (Phase.MEETING, Phase.HOSTING):
             self.phase = Phase.STOPPING
             for other in self.nodes:
@@ -193,9 +197,12 @@ class Gang:
             cause = f"rank {root.exit.rank} {how_it_ended(root.exit)}"
         elif gone:
             root = None
-        if self.restarts < self._max_restarts and (self._can_respawn or not gone):
+        if self._hopeless is not None:
+            return self._end(Outcome("failed", self._hopeless, cause, root))
+        if self.restarts < self._max_restarts:
             self.restarts += 1
             self.attempt += 1
+            self.exits = {}
             self.phase = Phase.MEETING
             actions = [
                 Action(

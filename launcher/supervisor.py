@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launcher.channel import Channel, Message, keep_alive, pair
-from launcher.errors import LaunchError, MeetingError
+from launcher.errors import LaunchError, MeetingError, UsageError
 from launcher.failure import RankExit, render, signal_name
 from launcher.gang import Action, Gang, Outcome, Phase
 from launcher.processes import end_descendants
@@ -50,6 +50,9 @@ class _Agent:
     index: int | None = None
     process: subprocess.Popen[bytes] | None = None
     joined: bool = False
+    why: str | None = None  # it leaves, as it said itself
+    shift_ns: int = 0  # from its monotonic clock to ours: each machine counts from its own start
+    hopeless: int | None = None  # exit code if starting it again cannot help
 
 
 def spawn_agent(environment: dict[str, str], *, cwd: str, own_session: bool) -> tuple[Channel, subprocess.Popen[bytes]]:
@@ -216,12 +219,16 @@ class Supervisor:
     def _heard(self, agent: _Agent, message: Message) -> None:
         if "hello" in message:
             self._greet(agent, message["hello"])
+        elif "leaving" in message:
+            agent.why = str(message["leaving"]["why"])
+            agent.hopeless = 2 if message["leaving"]["code"] == UsageError.exit_code else None
         elif not agent.joined or agent.index is None:
             raise ValueError("no hello")
         elif "store" in message:
             self._do(self.gang.store_ready(message["attempt"], message["store"]["addr"], message["store"]["port"]))
         elif "exited" in message:
-            self._do(self.gang.rank_exited(message["attempt"], RankExit.from_json(message["exited"])))
+            ended = RankExit.from_json(message["exited"]).on_clock(agent.shift_ns)
+            self._do(self.gang.rank_exited(message["attempt"], ended))
         elif "drained" in message:
             self._do(self.gang.node_drained(agent.index, message["attempt"]))
         elif "signalled" in message:
@@ -245,6 +252,8 @@ class Supervisor:
         agent.index, agent.joined = index, True
         if agent.process is not None:
             self._spawned.add(index)
+        else:
+            agent.shift_ns = time.monotonic_ns() - hello["now_ns"]
         agent.link.send({"spec": self.run.spec.to_json(), "run_id": self.run.run_id, "run_dir": str(self.run.path)})
         procs = hello["procs"] if isinstance(hello["procs"], int) else self.run.spec.procs
         self._do(self.gang.node_here(index, procs, self._address_of(agent, hello)))
@@ -278,11 +287,14 @@ class Supervisor:
         if agent.process is not None:
             code = agent.process.wait()
             how = f"its agent was killed by {signal_name(-code)}" if code < 0 else f"its agent left with code {code}"
+        how = agent.why or how
         if agent.index is None:
             if agent.process is not None:
+                if agent.hopeless is not None:
+                    raise UsageError(how)
                 raise LaunchError(f"an agent on this machine ended before it began: {how}")
             return
-        self._do(self.gang.node_gone(agent.index, how))
+        self._do(self.gang.node_gone(agent.index, how, hopeless=agent.hopeless))
 
     # -------------------------------------------------------------------------------------------- actions
 
@@ -363,11 +375,11 @@ class Supervisor:
         end_descendants()
 
 
-def report(outcome: Outcome, world_size: int) -> str:
+def report(outcome: Outcome, run: RunFolder) -> str:
     """The last words on the screen after a failure."""
     if outcome.root is not None:
-        return render(outcome.root, world_size)
-    return outcome.cause
+        return render(outcome.root, run.spec.world_size)
+    return f"{outcome.cause}\n\nlogs: {run.path / 'logs'}"
 
 
 def spec_pipe(data: dict[str, Any]) -> int:

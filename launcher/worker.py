@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import builtins
 import contextlib
+import ctypes
 import gc
 import importlib.machinery
 import io
@@ -132,8 +133,6 @@ def _set_threads(environment: dict[str, str]) -> None:
 
 
 def _set_openblas_threads(threads: int) -> None:
-    import ctypes
-
     with open("/proc/self/maps") as maps:
         libraries = {line.split(None, 5)[-1].strip() for line in maps if "openblas" in line}
     for path in libraries:
@@ -199,7 +198,8 @@ def _exit_code(leaving: SystemExit) -> int:
         return 0
     if isinstance(leaving.code, int):
         return leaving.code & 0xFF
-    print(leaving.code, file=sys.stderr)
+    if sys.stderr is not None:
+        sys.stderr.write(f"{leaving.code}\n")
     return 1
 
 
@@ -215,11 +215,12 @@ def _finish(code: int, main: types.ModuleType, preloaded: set[str]) -> NoReturn:
     _flush()
     for name in [n for n in sys.modules if n not in preloaded]:
         del sys.modules[name]
-    sys.last_exc = sys.last_value = sys.last_traceback = None  # type: ignore[attr-defined,assignment]
+    sys.last_exc = sys.last_value = sys.last_traceback = None  # type: ignore[attr-defined]
     main.__dict__.clear()
     gc.collect()
     if not _flush() and code == 0:
         code = 120  # the interpreter's own code for output that could not be written
+    ctypes.CDLL(None).fflush(None)  # what C code printed
     if code < 0:
         signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
@@ -231,7 +232,7 @@ def _flush() -> bool:
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except (OSError, ValueError, AttributeError):
+        except (OSError, ValueError, AttributeError):  # noqa: PERF203
             flushed = False
     return flushed
 

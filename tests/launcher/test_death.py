@@ -1,0 +1,94 @@
+"""SIGKILL of every kind of process in turn: nothing is left 3 s later, and a restart goes on where it should."""
+
+from __future__ import annotations
+
+import re
+import signal
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+LIGHT = ("--procs", "2", "--no-preload", "--show-ranks", "all")
+
+
+def _ready(job, ranks: int = 2, attempt: int = 0) -> list[int]:
+    """Wait for all ranks of an attempt; their pids."""
+    return [int(m[1]) for m in job.says(rf"rank \d is ready in attempt {attempt}, pid (\d+)", ranks)]
+
+
+@pytest.mark.parametrize("forked", [True, False], ids=["forked", "plain"])
+@pytest.mark.parametrize("victims", ["launch", "launch agent", "launch zygote", "agent zygote", "launch agent zygote"])
+def test_nothing_is_left_when_ours_are_killed(launch, programs: Path, victims: str, forked: bool) -> None:
+    if forked and victims == "launch agent zygote":
+        pytest.skip("the kernel's parent-death signal is the same for both kinds of rank")
+    how = ("--preload", "json") if forked else ("--no-preload",)
+    job = launch.start("--procs", "2", *how, "--show-ranks", "all", programs / "patient.py", "ignore")
+    _ready(job)
+    pids = {"launch": [job.process.pid], "agent": job.of_role("agent"), "zygote": job.of_role("zygote")}
+    for role in victims.split():
+        for pid in pids[role]:
+            job.signal(signal.SIGKILL, pid)
+    job.wait(5)
+    job.gone(3)
+
+
+@pytest.mark.parametrize("victim", ["agent", "zygote"])
+def test_a_killed_agent_or_zygote_is_named(launch, programs: Path, victim: str) -> None:
+    job = launch.start(*LIGHT, programs / "patient.py", "ignore", "--children", "1")
+    _ready(job)
+    (pid,) = job.of_role(victim)
+    job.signal(signal.SIGKILL, pid)
+    job.wait(5)
+    job.gone(3)
+    assert job.returncode == 1, job.output
+    assert "node 0" in job.stderr
+    cause = job.run.json("failure.json")["cause"]
+    assert re.search(rf"{victim}.* was killed by SIGKILL", cause)
+    assert job.stderr.splitlines()[-1] == f"logs: {job.run.path}/logs"
+
+
+@pytest.mark.parametrize("victim", ["agent", "zygote", "rank"])
+def test_the_run_goes_on_after_a_kill(launch, programs: Path, victim: str) -> None:
+    job = launch.start(*LIGHT, "--max-restarts", "1", programs / "patient.py", "leave75")
+    _ready(job)
+    pid = job.of_role(victim)[0]
+    job.signal(signal.SIGKILL, pid)
+    old = _ready(job)
+    _ready(job, attempt=1)
+    assert not set(old) & set(job.processes())
+    job.signal(signal.SIGTERM)
+    job.wait()
+    job.gone()
+    assert job.returncode == 75, job.output
+    assert job.run.json("state.json")["attempt"] == 1
+    failed = [e for e in job.run.events if e["event"] == "attempt-failed"]
+    assert len(failed) == 1
+    assert "SIGKILL" in failed[0]["cause"]
+    assert victim in failed[0]["cause"]
+    assert re.search(r"restarting \(1 of 1\)", job.stderr)
+
+
+def test_a_node_of_two_is_killed_and_both_start_again(launch, programs: Path) -> None:
+    job = launch.start(
+        "--backend", "local", "--nodes", "2", "--procs", "1", "--no-preload", "--show-ranks", "all",
+        "--max-restarts", "1", programs / "patient.py", "leave75",
+    )  # fmt: skip
+    _ready(job)
+    job.signal(signal.SIGKILL, job.of_role("agent")[1])
+    _ready(job, attempt=1)
+    job.signal(signal.SIGTERM)
+    job.wait()
+    job.gone()
+    assert job.returncode == 75, job.output
+
+
+def test_eight_launches_at_once_all_start(launch, programs: Path) -> None:
+    """Each holds its port before it tells anybody."""
+    jobs = [launch.start(*LIGHT, programs / "patient.py", "leave75", "--attempts", "0") for _ in range(8)]
+    for job in jobs:
+        job.wait()
+        assert job.returncode == 0, job.output
+    assert len({job.run.path for job in jobs}) == 8
