@@ -30,7 +30,7 @@ _OPS = {
 
 
 class World:
-    """This rank's place, its device, and the group of all ranks (none where there is one rank only).
+    """A rank's place, its device, and the group of all ranks (none where there is one rank only).
 
     Every rank must call each collective, in the same order. `close` destroys the group only if `connect` made it.
     """
@@ -76,7 +76,8 @@ class World:
         except RuntimeError as error:
             missing = [r for r in range(self.size) if not store.check([f"{key}/{r}"])]
             raise DistributedError(
-                f"rank {self.rank} waited {timeout_s:g} s at {what!r}; not there: ranks {_some(missing)} of {self.size}."
+                f"rank {self.rank} waited {timeout_s:g} s at {what!r}; not there: ranks {_some(missing)} of "
+                f"{self.size}."
             ) from error
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:

@@ -54,8 +54,8 @@ class Feed:
     def __len__(self) -> int:
         raise NotImplementedError
 
-    def batches(self, epoch: int, consumed: int) -> Iterator[Any]:
-        """This rank's batches of an epoch from the gang's position `consumed`."""
+    def batches(self, epoch: int, consumed: int | None) -> Iterator[Any]:
+        """The rank's batches of an epoch from the gang's position `consumed` (None: from the start)."""
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
@@ -79,7 +79,8 @@ class _Planned(Feed):
     def _shares(self, epoch: int, consumed: int) -> Iterator[Share]:
         raise NotImplementedError
 
-    def batches(self, epoch: int, consumed: int) -> Iterator[Any]:
+    def batches(self, epoch: int, consumed: int | None) -> Iterator[Any]:
+        consumed = consumed or 0
         self.position = consumed
         # The loader's workers run ahead; the bookkeeping must not, so each side goes through the plan by itself.
         self._plan.begin(epoch, lambda: self._shares(epoch, consumed))
@@ -278,7 +279,8 @@ class _StreamFeed(Feed):
     def __len__(self) -> int:
         return len(self.loader)
 
-    def batches(self, epoch: int, consumed: int) -> Iterator[Any]:
+    def batches(self, epoch: int, consumed: int | None) -> Iterator[Any]:
+        consumed = consumed or 0
         self.position = consumed
         self._set_epoch(epoch)
         if self._pending is not None:
@@ -367,7 +369,7 @@ def _what_it_draws(loader: DataLoader[Any]) -> tuple[Any, bool]:
         return None, False
     if type(sampler) is DistributedSampler:
         return None, bool(sampler.shuffle)
-    if type(sampler) is RandomSampler and not sampler.replacement and sampler.num_samples == len(loader.dataset):  # type: ignore[arg-type]
+    if type(sampler) is RandomSampler and not sampler.replacement and sampler.num_samples == len(sampler.data_source):
         return None, True
     return sampler, False
 
@@ -443,7 +445,7 @@ def to_device(batch: Any, device: torch.device) -> Any:
         if type(batch) is dict:
             return moved
         try:
-            return type(batch)(moved)  # type: ignore[call-arg]
+            return type(batch)(moved)  # type: ignore[call-arg]  # mappings take a mapping, by convention
         except TypeError:
             return moved
     if isinstance(batch, tuple):
@@ -455,4 +457,3 @@ def to_device(batch: Any, device: torch.device) -> Any:
         moved_object = batch.to(device)
         return batch if moved_object is None else moved_object
     return batch
-

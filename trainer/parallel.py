@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from trainer.distributed import World
+    from trainer.module import Module
 
 __all__ = ["DDP", "FSDP", "Parallel", "Single", "make_parallel"]
 
@@ -70,7 +72,7 @@ class Parallel:
             return
         with torch.no_grad():
             for tensor in (*module.parameters(), *module.buffers()):
-                if not isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+                if not nn.parameter.is_lazy(tensor):
                     dist.broadcast(tensor.detach(), src=0)
 
 
@@ -93,6 +95,7 @@ class _Step(nn.Module):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
+        self.inner: Module
         object.__setattr__(self, "inner", module)
         ignored = set(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))
         self._ddp_params_and_buffers_to_ignore: list[str] = []
@@ -160,7 +163,9 @@ class FSDP(Parallel):
         from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
         if self.world.size == 1:
-            raise ConfigError("strategy='fsdp' shards over several ranks, and there is one. Start with launch --procs N.")
+            raise ConfigError(
+                "strategy='fsdp' shards over several ranks, and there is one. Start with launch --procs N."
+            )
         self._same_start(module)
         if not isinstance(module, FSDPModule):
             for block in _blocks(module):
@@ -171,6 +176,8 @@ class FSDP(Parallel):
         for name in ("training_step", "validation_step", "test_step", "predict_step"):
             if hasattr(module, name):
                 register_fsdp_forward_method(module, name)
+                # It wraps the bound method, so that inspect.signature would drop the batch along with self.
+                module.__dict__[name].__func__.__signature__ = inspect.signature(getattr(type(module), name))
         self.step = module.training_step  # type: ignore[assignment]
 
     @contextmanager
@@ -240,7 +247,9 @@ def make_parallel(strategy: str | Parallel, world: World) -> Parallel:
     alone = world.size == 1
     if strategy in ("auto", "single", "single_device"):
         if strategy != "auto" and not alone:
-            raise ConfigError(f"strategy={strategy!r} is for one rank, and there are {world.size}; use 'auto' or 'ddp'.")
+            raise ConfigError(
+                f"strategy={strategy!r} is for one rank, and there are {world.size}; use 'auto' or 'ddp'."
+            )
         return Single(world) if alone else DDP(world)
     options: dict[str, dict[str, Any]] = {
         "ddp": {},

@@ -7,11 +7,13 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from trainer.errors import RanksError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
 
 __all__ = ["Ranks", "first_host", "rank_zero_info", "rank_zero_only", "rank_zero_warn", "read_ranks"]
 
@@ -80,7 +82,9 @@ def read_ranks(environ: Mapping[str, str] | None = None) -> Ranks:
 def _from_torch(env: Mapping[str, str], common: dict[str, Any]) -> Ranks:
     for name, other in (("RANK", "WORLD_SIZE"), ("WORLD_SIZE", "RANK")):
         if name not in env:
-            raise RanksError(f"{other}={env[other]} is set but {name} is not: a launcher sets both. Unset it, or set both.")
+            raise RanksError(
+                f"{other}={env[other]} is set but {name} is not: a launcher sets both. Unset it, or set both."
+            )
     rank, size = _number(env, "RANK", 0), _number(env, "WORLD_SIZE", 1)
     local_size = _number(env, "LOCAL_WORLD_SIZE", size)
     started_by = "launch" if "LAUNCH_RUN_ID" in env else "torchrun" if "TORCHELASTIC_RUN_ID" in env else "environment"
@@ -122,7 +126,8 @@ def _from_slurm(env: Mapping[str, str], common: dict[str, Any]) -> Ranks:
         started_by="slurm",
         master_addr=env.get("MASTER_ADDR") or first_host(hosts),
         # The same on every task, and another for another job or step on the same nodes.
-        master_port=_number(env, "MASTER_PORT", 0) or 20000 + (int(job) * 31 + _number(env, "SLURM_STEP_ID", 0)) % 40000,
+        master_port=_number(env, "MASTER_PORT", 0)
+        or 20000 + (int(job) * 31 + _number(env, "SLURM_STEP_ID", 0)) % 40000,
         **common,
     )
 
@@ -173,11 +178,11 @@ def _global_rank() -> int:
 
 
 class _RankZeroOnly:
-    """`@rank_zero_only`: on other ranks the function is not called and None is returned. `.rank` as Lightning has it."""
+    """`@rank_zero_only`: other ranks do not call the function and get None. `.rank` as Lightning has it."""
 
     @property
     def rank(self) -> int:
-        """This process's global rank."""
+        """The global rank of this process."""
         return _global_rank()
 
     def __call__(self, fn: Callable[P, R], default: Any = None) -> Callable[P, R | Any]:

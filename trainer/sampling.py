@@ -1,4 +1,4 @@
-"""Pure: which sample ids belong to (seed, epoch, step, rank), for any number of ranks, without going through the others.
+"""Pure: which sample ids belong to (seed, epoch, step, rank), for any number of ranks, in O(1).
 
 An order is a function of the position. The position of a gang is one integer: how many samples of the epoch all ranks
 together have taken. Rank r of W takes positions base + r, base + r + W, ...: without shuffling this is what torch's
@@ -118,13 +118,15 @@ class Permuted:
         with np.errstate(over="ignore"):
             for key in self._keys:
                 left, right = right, left ^ (_mix(right + key) & self._mask)
-        return (left << self._half) | right
+        joined: npt.NDArray[np.uint64] = (left << self._half) | right
+        return joined
 
 
 def _mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     values = (values ^ (values >> np.uint64(30))) * _M1
     values = (values ^ (values >> np.uint64(27))) * _M2
-    return values ^ (values >> np.uint64(31))
+    mixed: npt.NDArray[np.uint64] = values ^ (values >> np.uint64(31))
+    return mixed
 
 
 @dataclass(frozen=True)
