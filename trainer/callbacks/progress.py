@@ -510,7 +510,7 @@ class TqdmScreen(Screen):
             self._bars.pop(task.stage).close()
 
     def say(self, text: str) -> None:
-        from tqdm.auto import tqdm  # type: ignore[import-untyped]
+        from tqdm.auto import tqdm
 
         tqdm.write(text)
 
