@@ -1,0 +1,9 @@
+"""Checkpoints that are whole or absent, and verified when read: `Store` for gangs, `save_file` for one file."""
+
+from __future__ import annotations
+
+from trainer.checkpoint.file import load_checkpoint, load_file, save_file
+from trainer.checkpoint.manifest import Manifest
+from trainer.checkpoint.store import Loaded, Saved, Store
+
+__all__ = ["Loaded", "Manifest", "Saved", "Store", "load_checkpoint", "load_file", "save_file"]

@@ -1,0 +1,156 @@
+"""A folder on any fsspec file system, and the few ways in which this package touches one.
+
+Torch-free: the writer's process imports it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A place on a file system: `path` is spelled as that file system wants it, without the protocol."""
+
+    fs: Any
+    path: str
+
+    @classmethod
+    def at(cls, url: str | os.PathLike[str]) -> Folder:
+        """The folder at a path or fsspec URL; it need not exist."""
+        fs, path = fsspec.core.url_to_fs(os.fspath(url))
+        return cls(fs, path.rstrip("/") or "/")
+
+    @classmethod
+    def from_json(cls, text: str) -> Folder:
+        """The folder that `to_json` described, in another process."""
+        described = json.loads(text)
+        return cls(fsspec.AbstractFileSystem.from_json(described["fs"]), described["path"])
+
+    def to_json(self) -> str:
+        """A description from which another process makes the same folder."""
+        return json.dumps({"fs": self.fs.to_json(), "path": self.path})
+
+    def __truediv__(self, name: str) -> Folder:
+        return Folder(self.fs, f"{self.path.rstrip('/')}/{name}")
+
+    def __str__(self) -> str:
+        return self.path if self.local else str(self.fs.unstrip_protocol(self.path))
+
+    @cached_property
+    def local(self) -> bool:
+        """Whether files can be opened by their path."""
+        return isinstance(self.fs, LocalFileSystem)
+
+    @property
+    def name(self) -> str:
+        """The last part of the path."""
+        return self.path.rpartition("/")[2]
+
+    @property
+    def parent(self) -> Folder:
+        """The folder around this one."""
+        return Folder(self.fs, self.path.rpartition("/")[0] or "/")
+
+    def make(self) -> None:
+        """Create the folder and those around it, where the file system has folders."""
+        if not self.local:
+            self.fs.makedirs(self.path, exist_ok=True)
+            return
+        path = Path(self.path)
+        missing = [folder for folder in (path, *path.parents) if not folder.is_dir()]
+        path.mkdir(parents=True, exist_ok=True)
+        for made in missing:
+            # The entry of a new folder is in the folder around it, and is lost with the power unless that is synced.
+            _sync_folder(str(made.parent))
+
+    def sizes(self) -> dict[str, int]:
+        """The files of this folder with their sizes, and its folders with -1; empty if there is no such folder."""
+        self.fs.invalidate_cache(self.path)
+        try:
+            entries = self.fs.ls(self.path, detail=True)
+        except FileNotFoundError:
+            return {}
+        except NotADirectoryError:
+            return {}
+        found = {}
+        for entry in entries:
+            name = entry["name"].rstrip("/").rpartition("/")[2]
+            # Some object stores list the folder itself among its entries, and `ls` of a file lists that file.
+            if entry["name"].rstrip("/") != self.path.rstrip("/"):
+                found[name] = int(entry["size"] or 0) if entry["type"] == "file" else -1
+        return found
+
+    def read(self, name: str) -> bytes:
+        """The content of a small file. Raises FileNotFoundError."""
+        if self.local:
+            with open(f"{self.path}/{name}", "rb") as file:
+                return file.read()
+        return bytes(self.fs.cat_file(f"{self.path}/{name}"))
+
+    def write_blocks(self, name: str, blocks: Iterable[memoryview]) -> None:
+        """Write a new file and make it durable. It must not exist; what is left after an error is not whole."""
+        path = f"{self.path}/{name}"
+        if not self.local:
+            with self.fs.open(path, "wb") as file:
+                for block in blocks:
+                    file.write(block)
+            return
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        try:
+            for block in blocks:
+                _write_all(descriptor, block)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def write_whole(self, name: str, content: bytes) -> None:
+        """Write a small file that is there whole or not at all, and make it and its entry durable."""
+        path = f"{self.path}/{name}"
+        if not self.local:
+            self.fs.pipe_file(path, content)
+            return
+        temporary = f".{name}.{os.getpid()}.part"
+        self.write_blocks(temporary, [memoryview(content)])
+        Path(f"{self.path}/{temporary}").replace(path)
+        _sync_folder(self.path)
+
+    def remove(self, name: str) -> None:
+        """Remove one file of this folder; it may be gone already."""
+        try:
+            self.fs.rm_file(f"{self.path}/{name}")
+        except FileNotFoundError:
+            return
+
+    def remove_all(self) -> None:
+        """Remove this folder with all that is in it; it may be gone already."""
+        try:
+            self.fs.rm(self.path, recursive=True)
+        except FileNotFoundError:
+            return
+        finally:
+            self.fs.invalidate_cache(self.path)
+
+
+def _write_all(descriptor: int, block: memoryview) -> None:
+    while block:
+        block = block[os.write(descriptor, block) :]
+
+
+def _sync_folder(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

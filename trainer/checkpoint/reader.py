@@ -1,0 +1,359 @@
+"""Finding checkpoints, and reading just the needed parts of one, every byte verified on the way."""
+
+from __future__ import annotations
+
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from trainer.checkpoint.folder import Folder
+from trainer.checkpoint.manifest import (
+    BLOCK,
+    DAMAGED,
+    MANIFEST,
+    File,
+    Manifest,
+    Piece,
+    Record,
+    attempt_time,
+    block_checksum,
+)
+from trainer.checkpoint.shards import bytes_of, dtype_of
+from trainer.checkpoint.values import is_dtensor
+from trainer.errors import CheckpointDamagedError, CheckpointError, CheckpointNotFoundError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+
+# Requests in flight: enough to fill a link to an object store, and more than the cores that hash.
+_THREADS = 8
+# Blocks per request: 16 MiB are one good ranged GET.
+_RUN = 16
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A committed checkpoint: where its files lie, and its manifest."""
+
+    folder: Folder
+    manifest: Manifest
+
+    @property
+    def path(self) -> str:
+        """Where it lies, by its name (without the attempt)."""
+        return str(self.folder.parent)
+
+
+# ------------------------------------------------------------------------------------------------ finding
+
+
+def attempts_of(folder: Folder) -> list[Checkpoint]:
+    """The committed, undamaged attempts at one name, newest first."""
+    found = []
+    for name in sorted((n for n in folder.sizes() if attempt_time(n) is not None), reverse=True):
+        checkpoint = read_manifest(folder / name)
+        if checkpoint is not None:
+            found.append(checkpoint)
+    return found
+
+
+def read_manifest(folder: Folder) -> Checkpoint | None:
+    """The checkpoint in an attempt's folder; None if it is not committed, or is set aside as damaged."""
+    files = folder.sizes()
+    if MANIFEST not in files or DAMAGED in files:
+        return None
+    try:
+        return Checkpoint(folder, Manifest.parse(folder.read(MANIFEST), f"{folder}/{MANIFEST}"))
+    except (CheckpointDamagedError, FileNotFoundError):
+        return None
+
+
+def checkpoints_in(store: Folder) -> list[Checkpoint]:
+    """The committed, undamaged checkpoints of a store, newest first: by step, then by time. One per name."""
+    names = [name for name, size in store.sizes().items() if size < 0]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        found = [attempts[0] for attempts in pool.map(lambda name: attempts_of(store / name), names) if attempts]
+    return sorted(found, key=lambda c: (c.manifest.step, c.manifest.created), reverse=True)
+
+
+def open_checkpoint(url: str | os.PathLike[str]) -> Checkpoint:
+    """The checkpoint at `<store>/<name>`, `<store>/<name>/<attempt>`, or the newest of a whole store.
+
+    Raises:
+        CheckpointNotFoundError: there is none.
+        CheckpointError: a newer version wrote it.
+    """
+    folder = Folder.at(url)
+    if folder.name == MANIFEST:
+        folder = folder.parent
+    found = read_manifest(folder)
+    if found is None:
+        candidates = attempts_of(folder) or checkpoints_in(folder)
+        if not candidates:
+            raise CheckpointNotFoundError(
+                f"There is no whole checkpoint at {folder}: neither a manifest, nor folders with one. A save that was "
+                "interrupted leaves files without a manifest, which are not a checkpoint."
+            )
+        found = candidates[0]
+    return found
+
+
+# ------------------------------------------------------------------------------------------------ reading
+
+
+@dataclass
+class Contents:
+    """All records of a checkpoint, and where each tensor's pieces lie."""
+
+    checkpoint: Checkpoint
+    records: list[Record]
+    pieces: dict[str, list[tuple[int, Piece]]] = field(default_factory=dict)
+
+    @property
+    def state(self) -> Any:
+        """The skeleton of the shared state."""
+        return self.records[0].state
+
+    def keys(self) -> list[str]:
+        """The keys of the shared state's tensors."""
+        return list(self.pieces)
+
+
+def read_contents(checkpoint: Checkpoint) -> Contents:
+    """Read and verify all records.
+
+    Raises:
+        CheckpointDamagedError: one is missing or changed, or a tensor has a part that no record tells of.
+    """
+    with ThreadPoolExecutor(_THREADS) as pool:
+        records = list(pool.map(lambda file: _read_record(checkpoint.folder, file), checkpoint.manifest.files))
+    contents = Contents(checkpoint, records)
+    for record in records:
+        for piece in record.pieces:
+            contents.pieces.setdefault(piece.key, []).append((record.rank, piece))
+    for key, pieces in contents.pieces.items():
+        covered = sum(_numel(piece.size) for _, piece in pieces)
+        if covered != _numel(pieces[0][1].shape):
+            raise CheckpointDamagedError(
+                f"{checkpoint.path} is damaged: its records hold {covered} of the {_numel(pieces[0][1].shape)} "
+                f"elements of {key}."
+            )
+    return contents
+
+
+def _read_record(folder: Folder, file: File) -> Record:
+    where = f"{folder}/{file.record}"
+    try:
+        content = folder.read(file.record)
+    except FileNotFoundError as error:
+        raise CheckpointDamagedError(f"{where} is missing.") from error
+    stated = File.parse(content[: content.find(b"\n") + 1], file.rank, where)
+    if stated != file or len(content) != file.record_bytes:
+        raise CheckpointDamagedError(f"{where} is damaged: the manifest confirms another content.")
+    return Record.parse(content, where)
+
+
+@dataclass(frozen=True)
+class Request:
+    """Bytes [begin, end) of a shard, wanted in `target` (flat uint8, on the CPU)."""
+
+    begin: int
+    end: int
+    target: torch.Tensor
+
+
+class Reading:
+    """Collects what is wanted of a checkpoint, then reads all of it at once, verified, in parallel."""
+
+    def __init__(self, contents: Contents) -> None:
+        self._contents = contents
+        self._requests: dict[int, list[Request]] = {}
+        self._afterwards: list[Callable[[], object]] = []
+
+    def tensor(self, key: str) -> torch.Tensor:
+        """The whole tensor of a key, on the CPU; its content is there after `run`."""
+        first = self._pieces(key)[0][1]
+        return self.box(key, (0,) * len(first.shape), first.shape)
+
+    def box(self, key: str, offset: tuple[int, ...], size: tuple[int, ...]) -> torch.Tensor:
+        """The box of a tensor, on the CPU; its content is there after `run`."""
+        pieces = self._pieces(key)
+        result = torch.empty(size, dtype=dtype_of(pieces[0][1]))
+        for rank, piece in pieces:
+            self._want(rank, piece, offset, result)
+        return result
+
+    def own(self, rank: int) -> dict[str, torch.Tensor]:
+        """The tensors of a rank's own state; their content is there after `run`."""
+        found = {}
+        for piece in self._contents.records[rank].rank_pieces:
+            found[piece.key] = torch.empty(piece.size, dtype=dtype_of(piece))
+            self._request(rank, piece.begin, piece.end, found[piece.key])
+        return found
+
+    def run(self) -> None:
+        """Read what was asked for.
+
+        Raises:
+            CheckpointDamagedError: a shard is missing, cut off or changed; names the file and the place.
+        """
+        tasks: list[Callable[[], None]] = []
+        opened: list[_Shard] = []
+        for rank, requests in sorted(self._requests.items()):
+            shard = _Shard(self._contents.checkpoint.folder, self._contents.records[rank])
+            opened.append(shard)
+            tasks += [partial(shard.read, *run) for run in _runs(requests)]
+        try:
+            with ThreadPoolExecutor(_THREADS) as pool:
+                futures = [pool.submit(task) for task in tasks]
+                try:
+                    for future in futures:
+                        future.result()
+                except BaseException:
+                    pool.shutdown(cancel_futures=True)
+                    raise
+        finally:
+            for shard in opened:
+                shard.close()
+        for place in self._afterwards:
+            place()
+
+    def _pieces(self, key: str) -> list[tuple[int, Piece]]:
+        try:
+            return self._contents.pieces[key]
+        except KeyError:
+            raise CheckpointError(f"{self._contents.checkpoint.path} holds no tensor {key}.") from None
+
+    def _want(self, rank: int, piece: Piece, offset: tuple[int, ...], result: torch.Tensor) -> None:
+        """Ask for what a piece and a box have in common."""
+        starts = [max(a, b) for a, b in zip(piece.offset, offset, strict=True)]
+        ends = [min(a + n, b + m) for a, n, b, m in zip(piece.offset, piece.size, offset, result.shape, strict=True)]
+        if any(start >= end for start, end in zip(starts, ends, strict=True)):
+            return
+        source = tuple(slice(s - o, e - o) for s, e, o in zip(starts, ends, piece.offset, strict=True))
+        target = result[tuple(slice(s - o, e - o) for s, e, o in zip(starts, ends, offset, strict=True))]
+        if not piece.size:
+            self._request(rank, piece.begin, piece.end, result)
+            return
+        # Whole rows of the piece are contiguous in the file.
+        row = (piece.end - piece.begin) // piece.size[0]
+        begin, end = piece.begin + source[0].start * row, piece.begin + source[0].stop * row
+        full_rows = all(s.stop - s.start == n for s, n in zip(source[1:], piece.size[1:], strict=True))
+        if full_rows and target.is_contiguous():
+            self._request(rank, begin, end, target)
+            return
+        staged = torch.empty((source[0].stop - source[0].start, *piece.size[1:]), dtype=result.dtype)
+        self._request(rank, begin, end, staged)
+        self._afterwards.append(lambda: target.copy_(staged[(slice(None),) + source[1:]]))
+
+    def _request(self, rank: int, begin: int, end: int, target: torch.Tensor) -> None:
+        if begin < end:
+            self._requests.setdefault(rank, []).append(Request(begin, end, bytes_of(target)))
+
+
+def _runs(requests: list[Request]) -> list[tuple[int, int, list[Request]]]:
+    """Ranges of blocks to read, [first, last), with what each is for. No block is read twice."""
+    wanted: dict[int, list[Request]] = {}
+    for request in requests:
+        for block in range(request.begin // BLOCK, (request.end - 1) // BLOCK + 1):
+            wanted.setdefault(block, []).append(request)
+    runs: list[tuple[int, int, list[Request]]] = []
+    for block in sorted(wanted):
+        if runs and runs[-1][1] == block and block - runs[-1][0] < _RUN:
+            first, _, known = runs[-1]
+            runs[-1] = (first, block + 1, known + [r for r in wanted[block] if r.begin // BLOCK == block])
+        else:
+            runs.append((block, block + 1, list(wanted[block])))
+    return runs
+
+
+class _Shard:
+    """One shard, read by blocks; safe to use from several threads."""
+
+    def __init__(self, folder: Folder, record: Record) -> None:
+        self._folder = folder
+        self._record = record
+        self._name = f"rank-{record.rank:05d}.safetensors"
+        self._path = f"{folder.path}/{self._name}"
+        self._lock = threading.Lock()
+        self._descriptor: int | None = None
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+
+    def read(self, first: int, last: int, requests: Iterable[Request]) -> None:
+        """Read and verify blocks [first, last), and hand their bytes out."""
+        begin, end = first * BLOCK, min(last * BLOCK, self._record.shard_bytes)
+        content = memoryview(self._content(begin, end))
+        if len(content) != end - begin:
+            raise CheckpointDamagedError(
+                f"{self._folder}/{self._name} is cut off: {self._record.shard_bytes} bytes were written, it ends at "
+                f"{begin + len(content)}."
+            )
+        for block in range(first, last):
+            piece = content[block * BLOCK - begin : (block + 1) * BLOCK - begin]
+            if block_checksum(piece) != self._record.blocks[block]:
+                raise CheckpointDamagedError(
+                    f"{self._folder}/{self._name} is damaged: the checksum of bytes {block * BLOCK} to "
+                    f"{block * BLOCK + len(piece)} does not fit."
+                )
+        flat = torch.frombuffer(content, dtype=torch.uint8)
+        for request in requests:
+            a, b = max(request.begin, begin), min(request.end, end)
+            request.target[a - request.begin : b - request.begin].copy_(flat[a - begin : b - begin])
+
+    def _content(self, begin: int, end: int) -> bytearray | bytes:
+        try:
+            if not self._folder.local:
+                return bytearray(self._folder.fs.cat_file(self._path, start=begin, end=end))
+            with self._lock:
+                if self._descriptor is None:
+                    self._descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+            content = bytearray(end - begin)
+            got = 0
+            while got < len(content):
+                count = os.preadv(self._descriptor, [memoryview(content)[got:]], begin + got)
+                if count == 0:
+                    return content[:got]
+                got += count
+            return content
+        except FileNotFoundError as error:
+            raise CheckpointDamagedError(f"{self._folder}/{self._name} is missing.") from error
+
+
+def verify(checkpoint: Checkpoint, report: Callable[[str], object] = lambda _: None) -> list[str]:
+    """Read every byte of a checkpoint. Returns what is wrong, one line per file; empty if all is well."""
+    problems: list[str] = []
+    for file in checkpoint.manifest.files:
+        try:
+            record = _read_record(checkpoint.folder, file)
+            shard = _Shard(checkpoint.folder, record)
+            try:
+                last = len(record.blocks)
+                with ThreadPoolExecutor(_THREADS) as pool:
+                    list(pool.map(lambda b: shard.read(b, min(b + _RUN, last), ()), range(0, last, _RUN)))  # noqa: B023
+            finally:
+                shard.close()
+            report(f"{file.shard}: {file.shard_bytes} bytes, whole")
+        except CheckpointDamagedError as error:  # noqa: PERF203 - a turn reads a whole shard
+            problems.append(str(error))
+    return problems
+
+
+def targets(state_like: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The DTensors of a state: those of which a rank loads only its own part."""
+    return {key: tensor for key, tensor in state_like.items() if is_dtensor(tensor)}
+
+
+def _numel(shape: Iterable[int]) -> int:
+    count = 1
+    for length in shape:
+        count *= length
+    return count

@@ -1,0 +1,377 @@
+"""The store of a run: saves that are whole or absent, and loads that are verified."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from trainer.checkpoint import reader
+from trainer.checkpoint.folder import Folder
+from trainer.checkpoint.manifest import DAMAGED, Manifest, Record, new_attempt
+from trainer.checkpoint.plan import Part, outline, parts_of_rank, structure
+from trainer.checkpoint.reader import Checkpoint, Contents, Reading
+from trainer.checkpoint.shards import Layout, bytes_of, lay_out
+from trainer.checkpoint.values import Json, decode, encode, is_dtensor
+from trainer.checkpoint.writing import commit, cut_into_blocks, write_part
+from trainer.errors import CheckpointDamagedError, CheckpointError, CheckpointWriteError
+from trainer.ranks import rank_zero_warn
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+# How long rank 0 waits for the records of the others once its own is written.
+_COMMIT_TIMEOUT_S = 1800.0
+
+
+class Ranks(Protocol):
+    """What the store needs of a `trainer.distributed.World`."""
+
+    @property
+    def rank(self) -> int:
+        """The number of this rank."""
+
+    @property
+    def size(self) -> int:
+        """How many there are."""
+
+    def gather(self, obj: Any) -> list[Any]:
+        """The objects of all ranks, in their order, on every rank."""
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        """The object of rank `src`, on every rank."""
+
+
+class _Alone:
+    """One process."""
+
+    rank = 0
+    size = 1
+
+    def gather(self, obj: Any) -> list[Any]:
+        return [obj]
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:  # noqa: ARG002
+        return obj
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that is durable."""
+
+    path: str
+    name: str
+    step: int
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A verified checkpoint in memory.
+
+    state: tensors on the CPU, DTensors as `state_like` had them. rank_state: what this rank had saved, or {} if the
+    checkpoint was written by fewer ranks. world_size: how many ranks wrote it.
+    """
+
+    state: Any
+    rank_state: Any
+    extra: dict[str, Any]
+    world_size: int
+    path: str
+
+
+class Store:
+    """Checkpoints under one path or fsspec URL. Every rank makes it alike; without a world it is one process's.
+
+    A checkpoint is `<url>/<name>`; it exists from the moment its manifest is written, which is after everything else
+    is durable, and its files are never changed. Saving a name again makes a new attempt, which replaces the older one
+    only when it is durable.
+    """
+
+    def __init__(self, url: str | os.PathLike[str], world: Ranks | None = None) -> None:
+        self.folder = Folder.at(url)
+        self.world: Ranks = world if world is not None else _Alone()
+        if self.world.size > 1 and "memory" in _protocols(self.folder):
+            raise CheckpointError("memory:// lives in one process: a store for several ranks needs one they all reach.")
+
+    # ------------------------------------------------------------------------------------------------ save
+
+    def save(
+        self,
+        state: Mapping[str, Any],
+        *,
+        step: int,
+        name: str | None = None,
+        rank_state: Mapping[str, Any] | None = None,
+        extra: Mapping[str, Any] | None = None,
+    ) -> Saved:
+        """Save a state; every rank calls it. On return it is durable and committed.
+
+        state: what all ranks share: plain values (rank 0's are taken), tensors that every rank has alike (written
+        once, the ranks share the work), and DTensors (each rank writes its shard). rank_state: this rank's own.
+        extra: JSON for the manifest, such as metrics. name: the folder's, default `step-<step>`.
+
+        Raises:
+            CheckpointError: the state holds something that cannot be written, or the ranks' states do not fit
+                together; on every rank, before anything is written.
+            CheckpointWriteError: the store failed; on every rank. What was there before is untouched.
+        """
+        name = name if name is not None else f"step-{step:012d}"
+        _check_name(name)
+        attempt, prepared = self._agree(lambda: _prepare(state, rank_state or {}, self.world))
+        folder = self.folder / name / attempt
+        manifest = Manifest(
+            name, attempt, step, self.world.size, (), time.time(), dict(extra or {}),
+            {"python": platform.python_version(), "torch": torch.__version__},
+        )  # fmt: skip
+        failure = _failure(lambda: write_part(folder, prepared.record, cut_into_blocks(prepared.views())))
+        self._raise_if_any(failure, folder)
+        failure = None
+        if self.world.rank == 0:
+            failure = _failure(lambda: commit(folder, manifest, _COMMIT_TIMEOUT_S))
+        if (failure := self.world.broadcast(failure)) is not None:
+            raise CheckpointWriteError(failure)
+        if self.world.rank == 0:
+            _remove_older_attempts(self.folder / name, attempt)
+        return Saved(str(self.folder / name), name, step)
+
+    def _agree(self, prepare: Any) -> tuple[str, _Prepared]:
+        """One exchange: rank 0's attempt name, whether all could prepare, and whether their states fit together."""
+        prepared, error = None, None
+        try:
+            prepared = prepare()
+        except CheckpointError as failed:
+            error = failed
+        answers = self.world.gather((new_attempt(), prepared and prepared.structure, error and str(error)))
+        failures = [(rank, message) for rank, (_, _, message) in enumerate(answers) if message is not None]
+        if failures:
+            rank, message = failures[0]
+            raise CheckpointError(f"Rank {rank}: {message}" if self.world.size > 1 else message) from error
+        assert prepared is not None
+        if any(digest != answers[0][1] for _, digest, _ in answers):
+            self._explain_difference(prepared.outline)
+        return answers[0][0], prepared
+
+    def _explain_difference(self, own: list[str]) -> None:
+        lines = self.world.gather(own)
+        for rank, other in enumerate(lines):
+            missing, more = set(lines[0]) - set(other), set(other) - set(lines[0])
+            if missing or more or other != lines[0]:
+                raise CheckpointError(
+                    f"The ranks' states do not hold the same tensors in the same order. Only on rank 0: "
+                    f"{sorted(missing)[:5]}; only on rank {rank}: {sorted(more)[:5]}. What differs between ranks "
+                    "belongs into rank_state."
+                )
+
+    def _raise_if_any(self, failure: str | None, folder: Folder) -> None:
+        failures = {rank: f for rank, f in enumerate(self.world.gather(failure)) if f is not None}
+        if failures:
+            ranks = ", ".join(map(str, failures))
+            raise CheckpointWriteError(
+                f"The checkpoint {folder.parent} was not written: rank {ranks}: {next(iter(failures.values()))}"
+            )
+
+    # ------------------------------------------------------------------------------------------------ load
+
+    def newest(self) -> Manifest | None:
+        """The newest committed checkpoint, by step, then by time; the same on every rank."""
+        found = None
+        if self.world.rank == 0:
+            found = next(iter(reader.checkpoints_in(self.folder)), None)
+        manifest: Manifest | None = self.world.broadcast(found and found.manifest)
+        return manifest
+
+    def list(self) -> list[Manifest]:
+        """The committed checkpoints, newest first; the same on every rank."""
+        found = [c.manifest for c in reader.checkpoints_in(self.folder)] if self.world.rank == 0 else None
+        manifests: list[Manifest] = self.world.broadcast(found)
+        return manifests
+
+    def load(self, which: Manifest | str | os.PathLike[str], state_like: Mapping[str, Any] | None = None) -> Loaded:
+        """Load one checkpoint, verified; every rank calls it. which: a manifest, a name in this store, or a path.
+
+        state_like: a state whose DTensors say which part of each this rank needs: those come as DTensors of the same
+        mesh and placements, read from the shards that hold them, whatever the world size was. All other tensors come
+        whole, on the CPU.
+
+        Raises:
+            CheckpointNotFoundError, CheckpointDamagedError, CheckpointError: on every rank.
+        """
+        loaded, error = None, None
+        try:
+            loaded = _load(self._open(which), state_like, self.world.rank)
+        except CheckpointError as failed:
+            error = failed
+        errors = [e for e in self.world.gather(error and (type(error), str(error))) if e is not None]
+        if error is not None:
+            raise error
+        if errors:
+            kind, message = errors[0]
+            raise kind(message)
+        assert loaded is not None
+        return loaded
+
+    def load_newest(self, state_like: Mapping[str, Any] | None = None) -> Loaded | None:
+        """Load the newest checkpoint that is whole; None if there is none. Every rank calls it.
+
+        A damaged one is named in a warning and set aside (a note is put beside its manifest; nothing is removed), and
+        the next older one is taken, by all ranks alike.
+
+        Raises:
+            CheckpointDamagedError: there are checkpoints, but not one of them is whole.
+        """
+        damaged = None
+        while (manifest := self.newest()) is not None:
+            try:
+                return self.load(manifest, state_like)
+            except CheckpointDamagedError as error:  # noqa: PERF203 - one turn per damaged checkpoint
+                damaged = error
+                rank_zero_warn(f"{error} It is set aside; trying the next older checkpoint.")
+                self._set_aside(manifest, str(error))
+        if damaged is not None:
+            raise CheckpointDamagedError(f"No checkpoint in {self.folder} is whole. The last one tried: {damaged}")
+        return None
+
+    def remove(self, name: str) -> None:
+        """Remove a checkpoint, all its attempts. Every rank may call it; rank 0 acts."""
+        _check_name(name)
+        if self.world.rank == 0:
+            folder = self.folder / name
+            for checkpoint in reader.attempts_of(folder):
+                # First the manifest: whoever looks in the meantime sees no checkpoint rather than half of one.
+                checkpoint.folder.remove("manifest.json")
+            folder.remove_all()
+
+    def _open(self, which: Manifest | str | os.PathLike[str]) -> Checkpoint:
+        if isinstance(which, Manifest):
+            return Checkpoint(self.folder / which.name / which.attempt, which)
+        text = os.fspath(which)
+        inside = "/" not in text and bool((self.folder / text).sizes())
+        return reader.open_checkpoint(str(self.folder / text) if inside else text)
+
+    def _set_aside(self, manifest: Manifest, why: str) -> None:
+        if self.world.rank == 0:
+            folder = self.folder / manifest.name / manifest.attempt
+            folder.write_whole(DAMAGED, why.encode())
+        self.world.broadcast(None)
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """What one rank writes in a save, before anything is written."""
+
+    record: Record
+    layout: Layout
+    parts: list[Part]
+    structure: str
+    outline: list[str] = field(repr=False)
+
+    def views(self) -> Iterator[memoryview]:
+        """The bytes of the shard, in order."""
+        yield memoryview(self.layout.header)
+        by_key = {part.key: part.data for part in self.parts}
+        for piece in self.layout.pieces:
+            data = bytes_of(by_key[piece.key].cpu().contiguous())
+            yield memoryview(data.numpy())  # type: ignore[arg-type]
+
+
+def _prepare(state: Mapping[str, Any], rank_state: Mapping[str, Any], world: Ranks) -> _Prepared:
+    skeleton, tensors = encode(state)
+    own_skeleton, own_tensors = encode(rank_state, f"rank-{world.rank:05d}.")
+    sharded = next((key for key, tensor in own_tensors.items() if is_dtensor(tensor)), None)
+    if sharded is not None:
+        raise CheckpointError(f"{sharded}: a DTensor is shared by the ranks: it belongs into state, not rank_state.")
+    clash = next((key for key in tensors if key in own_tensors), None)
+    if clash is not None:
+        raise CheckpointError(f"The state's key {clash} is spelled like one of rank_state; rename it.")
+    shared = parts_of_rank(tensors, world.rank, world.size)
+    own = [Part(k, tuple(t.shape), (0,) * t.dim(), tuple(t.shape), t) for k, t in own_tensors.items()]
+    layout = lay_out([*shared, *own])
+    of_rank = {part.key for part in own}
+    record = Record(
+        world.rank,
+        tuple(p for p in layout.pieces if p.key not in of_rank),
+        tuple(p for p in layout.pieces if p.key in of_rank),
+        layout.bytes if layout.pieces else 0,
+        (),
+        skeleton if world.rank == 0 else None,
+        own_skeleton,
+    )
+    return _Prepared(record, layout, [*shared, *own], structure(tensors), outline(tensors))
+
+
+def _load(checkpoint: Checkpoint, state_like: Mapping[str, Any] | None, rank: int) -> Loaded:
+    contents = reader.read_contents(checkpoint)
+    reading = Reading(contents)
+    like = {k: t for k, t in encode(state_like)[1].items() if is_dtensor(t)} if state_like is not None else {}
+    tensors = {key: _local_target(reading, contents, key, like.get(key)) for key in contents.keys()}  # noqa: SIM118
+    own = reading.own(rank) if rank < checkpoint.manifest.world_size else {}
+    reading.run()
+    whole = {key: _rewrapped(tensor, like.get(key)) for key, tensor in tensors.items()}
+    record: Json = contents.records[rank].rank_state if rank < checkpoint.manifest.world_size else {}
+    return Loaded(
+        decode(contents.state, lambda key: _of(whole, key, checkpoint)),
+        decode(record, lambda key: _of(own, key, checkpoint)),
+        checkpoint.manifest.extra,
+        checkpoint.manifest.world_size,
+        checkpoint.path,
+    )
+
+
+def _local_target(reading: Reading, contents: Contents, key: str, like: Any) -> torch.Tensor:
+    if like is None:
+        return reading.tensor(key)
+    shape = contents.pieces[key][0][1].shape
+    if tuple(like.shape) != shape:
+        raise CheckpointError(f"{key} has shape {shape} in the checkpoint, {tuple(like.shape)} in the model.")
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    size, offset = compute_local_shape_and_global_offset(like.shape, like.device_mesh, like.placements)
+    return reading.box(key, tuple(offset), tuple(size))
+
+
+def _rewrapped(tensor: torch.Tensor, like: Any) -> torch.Tensor:
+    if like is None:
+        return tensor
+    from torch.distributed.tensor import DTensor
+
+    local = tensor.to(like.to_local().device)
+    return DTensor.from_local(
+        local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
+
+
+def _of(tensors: Mapping[str, torch.Tensor], key: str, checkpoint: Checkpoint) -> torch.Tensor:
+    try:
+        return tensors[key]
+    except KeyError:
+        raise CheckpointDamagedError(f"{checkpoint.path} is damaged: no shard holds {key}.") from None
+
+
+def _failure(act: Any) -> str | None:
+    """What went wrong, in words that can be sent to other ranks; a file system may raise anything."""
+    try:
+        act()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _remove_older_attempts(folder: Folder, newest: str) -> None:
+    for checkpoint in reader.attempts_of(folder):
+        if checkpoint.manifest.attempt < newest:
+            checkpoint.folder.remove("manifest.json")
+            checkpoint.folder.remove_all()
+
+
+def _check_name(name: str) -> None:
+    if not name or "/" in name or name in (".", ".."):
+        raise CheckpointError(f"A checkpoint's name is one part of a path, not {name!r}.")
+
+
+def _protocols(folder: Folder) -> Sequence[str]:
+    protocol = folder.fs.protocol
+    return (protocol,) if isinstance(protocol, str) else tuple(protocol)

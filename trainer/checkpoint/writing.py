@@ -1,0 +1,149 @@
+"""Making a checkpoint durable: each rank its shard and its record, then rank 0 the manifest.
+
+Torch-free: the writer's process imports it.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from trainer.checkpoint.manifest import (
+    BLOCK,
+    FIRST_LINE,
+    MANIFEST,
+    File,
+    Manifest,
+    Record,
+    block_checksum,
+    record_name,
+    shard_name,
+)
+from trainer.errors import CheckpointDamagedError, CheckpointWriteError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from trainer.checkpoint.folder import Folder
+
+
+def write_part(folder: Folder, record: Record, blocks: Iterable[memoryview]) -> None:
+    """Write one rank's shard and then its record, both durable on return. `blocks`: the shard, cut at BLOCK bytes.
+
+    If that fails, a note is left for rank 0, which waits for this record.
+
+    Raises:
+        OSError, or what the file system raises: nothing was committed.
+    """
+    try:
+        folder.make()
+        checksums: list[str] = []
+        if record.shard_bytes:
+            folder.write_blocks(shard_name(record.rank), _hashed(blocks, checksums))
+        folder.write_whole(record_name(record.rank), replace(record, blocks=tuple(checksums)).dump())
+    except Exception as error:
+        try:
+            folder.write_whole(_failure_name(record.rank), json.dumps(f"{type(error).__name__}: {error}").encode())
+        except Exception as second:  # the store is gone; the first error says why
+            raise error from second
+        raise
+
+
+def commit(folder: Folder, manifest: Manifest, timeout_s: float) -> Manifest:
+    """Wait for the records of all ranks, check that all files are there, and write the manifest (without `files`).
+
+    Raises:
+        CheckpointWriteError: a rank failed, did not come in time, or the store lost a file.
+    """
+    sizes = _await_records(folder, manifest.world_size, timeout_s)
+    files = []
+    for rank in range(manifest.world_size):
+        where = f"{folder}/{record_name(rank)}"
+        beginning = folder.fs.cat_file(f"{folder.path}/{record_name(rank)}", start=0, end=FIRST_LINE)
+        try:
+            file = File.parse(bytes(beginning), rank, where)
+        except CheckpointDamagedError as error:
+            raise CheckpointWriteError(f"The store changed {where} while it was written.") from error
+        wanted = {file.record: file.record_bytes} | ({file.shard: file.shard_bytes} if file.shard_bytes else {})
+        for name, size in wanted.items():
+            if sizes.get(name) != size:
+                raise CheckpointWriteError(
+                    f"The store lost a part of {folder}/{name}: {size} bytes were written, {sizes.get(name, 0)} are "
+                    "there. The checkpoint is not committed."
+                )
+        files.append(file)
+    whole = replace(manifest, files=tuple(files))
+    folder.write_whole(MANIFEST, whole.dump())
+    if Manifest.parse(folder.read(MANIFEST), f"{folder}/{MANIFEST}") != whole:
+        raise CheckpointWriteError(f"The store changed {folder}/{MANIFEST} while it was written.")
+    return whole
+
+
+def blocks_of(content: memoryview) -> Iterator[memoryview]:
+    """A shard in memory, cut at BLOCK bytes."""
+    for begin in range(0, len(content), BLOCK):
+        yield content[begin : begin + BLOCK]
+
+
+def cut_into_blocks(views: Iterable[memoryview]) -> Iterator[memoryview]:
+    """The bytes of all views, one after the other, cut at BLOCK bytes."""
+    pending = bytearray()
+    for view in views:
+        if pending:
+            taken = BLOCK - len(pending)
+            pending += view[:taken]
+            view = view[taken:]
+            if len(pending) < BLOCK:
+                continue
+            yield memoryview(bytes(pending))
+            pending.clear()
+        whole = len(view) // BLOCK * BLOCK
+        yield from blocks_of(view[:whole])
+        pending += view[whole:]
+    if pending:
+        yield memoryview(pending)
+
+
+@dataclass
+class _Pause:
+    """Waits that grow, so that a store is not asked in vain too often: 10 ms to 1 s."""
+
+    seconds: float = 0.01
+
+    def wait(self) -> None:
+        time.sleep(self.seconds)
+        self.seconds = min(1.0, self.seconds * 1.5)
+
+
+def _await_records(folder: Folder, world_size: int, timeout_s: float) -> dict[str, int]:
+    """The files of the folder, once every rank's record is among them."""
+    deadline = time.monotonic() + timeout_s
+    pause = _Pause()
+    while True:
+        sizes = folder.sizes()
+        missing = [rank for rank in range(world_size) if record_name(rank) not in sizes]
+        if not missing:
+            return sizes
+        failed = [rank for rank in missing if _failure_name(rank) in sizes]
+        if failed:
+            why = json.loads(folder.read(_failure_name(failed[0])))
+            raise CheckpointWriteError(f"Rank {failed[0]} could not write its part of {folder}: {why}")
+        if time.monotonic() > deadline:
+            raise CheckpointWriteError(
+                f"Ranks {missing[:8]} ({len(missing)} of {world_size}) did not write their part of {folder} within "
+                f"{timeout_s:.0f} s of the others."
+            )
+        pause.wait()
+
+
+def _hashed(blocks: Iterable[memoryview], checksums: list[str]) -> Iterator[memoryview]:
+    for block in blocks:
+        # Just before it is written, while it is in the cache.
+        checksums.append(block_checksum(block))
+        yield block
+
+
+def _failure_name(rank: int) -> str:
+    return f"rank-{rank:05d}.failed"
