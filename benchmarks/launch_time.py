@@ -3,8 +3,9 @@
     python benchmarks/launch_time.py [--ranks 8] [--rounds 5] [--deaths 20] [--json FILE]
 
 start    8 ranks, one all-reduce, wall time from command to exit: `launch`, `torchrun`, and the floor: one process that
-         imports torch and forks 8 ranks. The three take turns, so a drift of the machine's speed hits all alike;
-         quoted are the median ratios of the turns.
+         imports torch and forks 8 ranks, which end as interpreters do ("fork") or by os._exit ("fork, _exit": the
+         lowest floor there is; our ranks run exit handlers and finalise the program's objects). They take turns, so a
+         drift of the machine's speed hits all alike; quoted are the median ratios of the turns.
 memory   PSS per rank while all ranks idle after an all-reduce (the kernel's smaps_rollup).
 deaths   4 ranks, one is killed by SIGKILL after they met: nanoseconds from its death to the last rank having met again
          (clock: CLOCK_MONOTONIC of this machine, printed by the ranks). torchrun runs with its store unshared
@@ -74,6 +75,8 @@ for rank in range(n):
     if pid == 0:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
         exec(compile(open(sys.argv[1]).read(), sys.argv[1], "exec"), {"__name__": "__main__"})
+        if sys.argv[3] == "fast":
+            os._exit(0)
         sys.exit(0)
     pids.append(pid)
 sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(p, 0)[1]) for p in pids))
@@ -119,7 +122,8 @@ def start_times(folder, ranks, rounds):
     commands = {
         "launch": launch(ranks, "hello.py"),
         "torchrun": torchrun(ranks, "hello.py"),
-        "fork": [sys.executable, "fork.py", "hello.py", str(ranks)],
+        "fork": [sys.executable, "fork.py", "hello.py", str(ranks), "whole"],
+        "fork, _exit": [sys.executable, "fork.py", "hello.py", str(ranks), "fast"],
     }
     times = {name: [] for name in commands}
     for turn in range(rounds + 1):
@@ -130,6 +134,9 @@ def start_times(folder, ranks, rounds):
     ratio = {
         "launch/torchrun": statistics.median(a / b for a, b in zip(times["launch"], times["torchrun"], strict=True)),
         "launch/fork": statistics.median(a / b for a, b in zip(times["launch"], times["fork"], strict=True)),
+        "launch/fork, _exit": statistics.median(
+            a / b for a, b in zip(times["launch"], times["fork, _exit"], strict=True)
+        ),
     }
     return {"seconds": {n: [round(t, 3) for t in v] for n, v in times.items()}, "median ratio": ratio}
 
