@@ -53,7 +53,7 @@ class AttributeDict(dict[str, Any]):
 
     def __repr__(self) -> str:
         width = max((len(str(key)) for key in self), default=0) + 3
-        rows = [f'{chr(34) + str(key) + chr(34) + ":":{width}} {value}' for key, value in self.items()]
+        rows = [f"{chr(34) + str(key) + chr(34) + ':':{width}} {value}" for key, value in self.items()]
         return "\n".join(rows)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AttributeDict:

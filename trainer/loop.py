@@ -15,6 +15,7 @@ which hook that was, and a resumed run goes on behind it:
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -29,7 +30,7 @@ from trainer.optimizers import parameters_of
 from trainer.progress import TRAIN, VALIDATE
 from trainer.ranks import rank_zero_info, rank_zero_warn
 from trainer.state import RunningStage, TrainerFn
-from trainer.stop import END_OF_EVALUATION
+from trainer.stop import LAST
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -89,8 +90,6 @@ class Fit:
     last_validation: float = 0.0
     # The random state at the start of a validation, which a broken-off one starts from again.
     validation_rng: Any = None
-    # The loss of the newest batch, for the progress page only.
-    loss: Tensor | None = None
     warned: set[str] = field(default_factory=set)
 
 
@@ -160,14 +159,14 @@ def may_stop(run: Fit) -> bool:
 
 def train_epoch(run: Fit) -> None:
     """One epoch, from wherever `state` says, to its end or to a limit."""
-    trainer, state, hooks, metrics = run.trainer, run.state, run.hooks, run.metrics
+    trainer, state, hooks, metrics, feed = run.trainer, run.state, run.hooks, run.metrics, run.feed
     agreement, signals, page = run.agreement, run.signals, run.page
     trainer.prepare_epoch(run)
     if state.resume_at == "epoch_end":
         end_epoch(run)
         return
     if state.batch == 0 and not state.resume_at:
-        state.position = []
+        state.position = None
         metrics.hook = "on_train_epoch_start"
         if hooks.on_train_epoch_start is not None:
             hooks.on_train_epoch_start()
@@ -175,166 +174,186 @@ def train_epoch(run: Fit) -> None:
     trainer.accumulate_grad_batches = state.accumulate
     limit = run.batches_per_epoch
     metrics.hook = "training_step"
-    over = False
-    if state.resume_at:
-        over = after_batch(run, state.batch >= limit)
-    log_every = trainer.log_every_n_steps
-    # Validation at the end of the epoch needs no look at the counters after each batch.
-    across = trainer.check_val_every_n_epoch is None
-    every = 0 if run.validate_every == float("inf") or run.validate_every == limit and not across else run.validate_every
+    if state.resume_at and after_batch(run, state.batch >= limit) or state.batch >= limit:
+        end_epoch(run)
+        return
 
-    batches = _limited(run, limit) if not over and state.batch < limit else iter(())
-    for batch, is_last in batches:
-        stepped = train_batch(run, batch, state.batch, is_last)
-        if stepped is None:
-            break
+    metrics.feed = feed = run.feed
+    batches = feed.batches(state.epoch, state.position)
+    look_ahead = None if limit != math.inf else _LookAhead(batches, feed)
+    train_batch = bind_train_batch(run)
+    due = next_event(run, limit)
+    for batch in batches if look_ahead is None else look_ahead:
+        is_last = state.batch + 1 == limit if look_ahead is None else look_ahead.is_last
+        stepped = train_batch(batch, state.batch, is_last)
         if page is not None:
             page.pack_step(page.buffer, 8, state.global_step, TRAIN, state.epoch, time.monotonic_ns())
-            if run.loss is not None and run.loss.is_cpu:
-                page.pack_loss(page.buffer, 48, run.loss.item())
-        if (
-            is_last
-            or trainer.should_stop
-            or (every and (state.batches if across else state.batch) % every == 0)
-            or run.validate_seconds is not None
+        # Almost every batch ends here: nothing is reported, validated or broken off after it.
+        if state.batch < due and not (
+            trainer.should_stop or signals.requested or state.batches >= agreement.limit_batches
         ):
-            if after_batch(run, is_last):
-                break
-        elif stepped:
-            if log_every and (state.logger_step + 1) % log_every == 0:
-                trainer.report_step()
-            if run.schedulers:
-                step_schedulers(run, "step", plateau=True)
-            state.logger_step += 1
+            state.logger_step += stepped
             state.resume_at = ""
-            if 0 <= trainer.max_steps <= state.global_step:
-                break
-        if stepped:
-            agreement.place = place = state.batches << 32
-            if signals.requested:
-                agreement.request()
-            if place >= agreement.limit and agreement.reached(place):
-                raise Stopping
+            continue
+        if stepped is None:
+            break  # on_train_batch_start asked to skip the rest of the epoch
+        if after_batch(run, is_last) or is_last:
+            break
+        if stepped and agreement.stop_here((state.batches << 32) + LAST):
+            raise Stopping
+        due = next_event(run, limit)
     end_epoch(run)
+    if agreement.stop_here((state.batches << 32) + LAST):
+        raise Stopping
 
 
-def _limited(run: Fit, limit: float) -> Iterator[tuple[Any, bool]]:
-    """The rest of the epoch's batches, each with whether it is the last one."""
-    feed, state = run.feed, run.state
-    batches = feed.batches(state.epoch, state.position[0] if state.position else 0)
-    if limit != float("inf"):
-        last = limit - 1
-        for batch in batches:
-            yield batch, state.batch == last
-            if state.batch > last:
-                return
-        return
-    # Without a length the last batch is known only once the next one is not there.
-    try:
-        batch, position, weight = next(batches), feed.position, feed.weight
-    except StopIteration:
-        return
-    for following in batches:
-        ahead, feed.position = feed.position, position
-        ahead_weight, feed.weight = feed.weight, weight
-        yield batch, False
-        batch, position, weight = following, ahead, ahead_weight
-    feed.position, feed.weight = position, weight
-    yield batch, True
+def next_event(run: Fit, limit: float) -> float:
+    """The number of this epoch's batches after which something may be due that most batches do not have."""
+    trainer, state = run.trainer, run.state
+    if run.validate_seconds is not None or any(c.reduce_on_plateau and c.interval == "step" for c in run.schedulers):
+        return 0
+    accumulate = state.accumulate if run.module.automatic_optimization else 1
+    events = [limit]
+    if trainer.log_every_n_steps:
+        reports = trainer.log_every_n_steps
+        events.append(state.batch + max(0, reports - state.logger_step % reports - 1) * accumulate + 1)
+    if 0 < run.validate_every < math.inf:
+        done = state.batches if trainer.check_val_every_n_epoch is None else state.batch
+        events.append(state.batch + run.validate_every - done % run.validate_every)
+    if trainer.max_steps >= 0:
+        # In manual optimization one batch may take several steps.
+        left = trainer.max_steps - state.global_step if run.module.automatic_optimization else 1
+        events.append(state.batch + max(1, (left - 1) * accumulate + 1))
+    return min(events)
 
 
-def train_batch(run: Fit, batch: Any, index: int, is_last: bool) -> bool | None:
+class _LookAhead:
+    """Batches of a loader without a length: the last one is known only once the next one is not there."""
+
+    def __init__(self, batches: Iterator[Any], feed: Any) -> None:
+        self.batches, self.feed, self.is_last = batches, feed, False
+
+    def __iter__(self) -> Iterator[Any]:
+        feed = self.feed
+        nothing = object()
+        batch = next(self.batches, nothing)
+        while batch is not nothing:
+            mine = feed.position, feed.weight
+            following = next(self.batches, nothing)
+            theirs = feed.position, feed.weight
+            self.is_last = following is nothing
+            feed.position, feed.weight = mine
+            yield batch
+            feed.position, feed.weight = theirs
+            batch = following
+
+
+def bind_train_batch(run: Fit) -> Callable[[Any, int, bool], bool | None]:
     """One batch: gradients, and at the end of an accumulation window the optimizer's step.
 
-    Returns whether the optimizer stepped; None if on_train_batch_start asked to skip the rest of the epoch.
+    The function returns whether the optimizer stepped; None if on_train_batch_start asked to skip the rest of the
+    epoch. What it needs stands in its own variables: reading it from objects at every step costs more than the rest.
     """
-    hooks, metrics, state, feed = run.hooks, run.metrics, run.state, run.feed
-    if run.move is not None:
-        batch = run.move(batch, 0)
-    metrics.batch = batch
-    metrics.batch_size = None
-    metrics.weight = feed.weight
-    if hooks.on_train_batch_start is not None and hooks.on_train_batch_start(batch, index) == -1:
-        return None
+    state, metrics, feed, move, step, schedulers = run.state, run.metrics, run.feed, run.move, run.step, run.schedulers
+    optimizer, scaler, before_step, by_closure = run.optimizer, run.precision.scaler, run.before_step, run.by_closure
+    on_batch_start, on_batch_end = run.hooks.on_train_batch_start, run.hooks.on_train_batch_end
+    automatic, no_sync = run.module.automatic_optimization, run.parallel.no_sync
+    page = run.page
+    micro_batch = bind_micro_batch(run)
 
-    stepping = is_last or (index + 1) % state.accumulate == 0
-    if not run.module.automatic_optimization:
-        output = run.step(batch, index)
-        stepping = True
-    elif not stepping:
-        with run.parallel.no_sync():
-            output = micro_batch(run, batch, index)
-    elif run.optimizer is None:
-        output = micro_batch(run, batch, index)
-        state.global_step += 1
-    elif run.by_closure:
-        output = _step_by_closure(run, batch, index)
-        state.global_step += 1
-    else:
-        output = micro_batch(run, batch, index)
-        optimizer, scaler = run.optimizer, run.precision.scaler
-        if scaler is None:
-            if run.before_step is not None:
-                run.before_step(optimizer)
-            optimizer.step()
+    def train_batch(batch: Any, index: int, is_last: bool) -> bool | None:
+        if move is not None:
+            batch = move(batch, 0)
+        metrics.batch = batch
+        if on_batch_start is not None and on_batch_start(batch, index) == -1:
+            return None
+
+        stepping = is_last or (index + 1) % state.accumulate == 0
+        if not automatic:
+            output = step(batch, index)
+            stepping = True
+        elif not stepping:
+            with no_sync():
+                output = micro_batch(batch, index)
+        elif by_closure:
+            output = _step_by_closure(run, micro_batch, batch, index)
+            state.global_step += 1
         else:
-            scaler.unscale_(optimizer)
-            if run.before_step is not None:
-                run.before_step(optimizer)
-            scaler.step(optimizer)
-            scaler.update()
-        state.global_step += 1
+            output = micro_batch(batch, index)
+            if optimizer is None:
+                pass
+            elif scaler is None:
+                if before_step is not None:
+                    before_step(optimizer)
+                optimizer.step()
+            else:
+                scaler.unscale_(optimizer)
+                if before_step is not None:
+                    before_step(optimizer)
+                scaler.step(optimizer)
+                scaler.update()
+            state.global_step += 1
 
-    state.batch += 1
-    state.batches += 1
-    state.position = [feed.position]
-    if run.schedulers:
-        if stepping:
-            step_schedulers(run, "step", plateau=False)
-        if is_last:
-            step_schedulers(run, "epoch", plateau=False)
-    if hooks.on_train_batch_end is not None:
-        state.resume_at = "batch_end"
-        hooks.on_train_batch_end(_outputs(output), batch, index)
-    metrics.batch = None
-    return stepping
+        state.batch += 1
+        state.batches += 1
+        state.position = feed.position
+        if schedulers:
+            if stepping:
+                step_schedulers(run, "step", plateau=False)
+            if is_last:
+                step_schedulers(run, "epoch", plateau=False)
+        if page is not None and isinstance(output, Tensor) and output.is_cpu:
+            page.pack_loss(page.buffer, 48, output.item())
+        if on_batch_end is not None:
+            state.resume_at = "batch_end"
+            on_batch_end(_outputs(output), batch, index)
+        return stepping
+
+    return train_batch
 
 
-def micro_batch(run: Fit, batch: Any, index: int) -> Any:
-    """Forward, clear the gradients if a window begins, backward. Returns what training_step returned."""
-    hooks, precision = run.hooks, run.precision
-    if precision.plain:
-        output = run.step(batch, index)
-    else:
-        with precision.context():
-            output = run.step(batch, index)
-    loss = output if type(output) is Tensor else _loss_of(run, output)
-    accumulate = run.state.accumulate
-    if index % accumulate == 0 and run.optimizer is not None:
-        if hooks.on_before_zero_grad is not None:
-            hooks.on_before_zero_grad(run.optimizer)
-        if hooks.optimizer_zero_grad is None:
-            run.optimizer.zero_grad()
+def bind_micro_batch(run: Fit) -> Callable[[Any, int], Any]:
+    """Forward, clear the gradients if a window begins, backward. The function returns what training_step returned."""
+    state, feed, optimizer, step = run.state, run.feed, run.optimizer, run.step
+    plain, autocast, scaler = run.precision.plain, run.precision.context, run.precision.scaler
+    hooks = run.hooks
+    on_before_zero_grad, zero_grad = hooks.on_before_zero_grad, hooks.optimizer_zero_grad
+    on_before_backward, backward, on_after_backward = hooks.on_before_backward, hooks.backward, hooks.on_after_backward
+
+    def micro_batch(batch: Any, index: int) -> Any:
+        if plain:
+            output = step(batch, index)
         else:
-            hooks.optimizer_zero_grad(run.state.epoch, index, run.optimizer)
-    if loss is None:
+            with autocast():
+                output = step(batch, index)
+        loss = output if type(output) is Tensor else _loss_of(run, output)
+        accumulate = state.accumulate
+        if optimizer is not None and index % accumulate == 0:
+            if on_before_zero_grad is not None:
+                on_before_zero_grad(optimizer)
+            if zero_grad is None:
+                optimizer.zero_grad()
+            else:
+                zero_grad(state.epoch, index, optimizer)
+        if loss is None:
+            return output
+        if accumulate != 1:
+            loss = loss / accumulate
+        if feed.weight != 1.0:
+            loss = loss * feed.weight
+        if on_before_backward is not None:
+            on_before_backward(loss)
+        if scaler is not None:
+            loss = scaler.scale(loss)
+        if backward is None:
+            loss.backward()
+        else:
+            backward(loss)
+        if on_after_backward is not None:
+            on_after_backward()
         return output
-    run.loss = loss
-    if accumulate != 1:
-        loss = loss / accumulate
-    if run.feed.weight != 1.0:
-        loss = loss * run.feed.weight
-    if hooks.on_before_backward is not None:
-        hooks.on_before_backward(loss)
-    if precision.scaler is not None:
-        loss = precision.scaler.scale(loss)
-    if hooks.backward is None:
-        loss.backward()
-    else:
-        hooks.backward(loss)
-    if hooks.on_after_backward is not None:
-        hooks.on_after_backward()
-    return output
+
+    return micro_batch
 
 
 def _loss_of(run: Fit, output: Any) -> Tensor | None:
@@ -375,20 +394,20 @@ def _outputs(output: Any) -> Any:
     return {} if output is None else output
 
 
-def _step_by_closure(run: Fit, batch: Any, index: int) -> Any:
+def _step_by_closure(run: Fit, micro_batch: Callable[[Any, int], Any], batch: Any, index: int) -> Any:
     """An optimizer that evaluates the loss itself (LBFGS), or a module that overrides optimizer_step."""
     output: Any = None
 
     def closure() -> Tensor | None:
         nonlocal output
         with torch.enable_grad():
-            output = micro_batch(run, batch, index)
-        return None if output is None else run.loss
+            output = micro_batch(batch, index)
+        return _loss_of(run, output)
 
+    assert run.wrapped is not None
     if run.hooks.optimizer_step is not None:
         run.hooks.optimizer_step(run.state.epoch, index, run.wrapped, closure)
     else:
-        assert run.wrapped is not None
         run.wrapped.step(closure)
     return output
 
@@ -429,7 +448,7 @@ def step_schedulers(run: Fit, interval: str, *, plateau: bool) -> None:
 
 
 def _validation_is_due(run: Fit, is_last: bool) -> bool:
-    if run.validate_every == float("inf"):
+    if run.validate_every == math.inf:
         return is_last
     count = run.state.batches if run.trainer.check_val_every_n_epoch is None else run.state.batch
     return count % run.validate_every == 0
@@ -452,6 +471,8 @@ def after_batch(run: Fit, is_last: bool) -> bool:
         if due:
             state.resume_at = "validation"
     if state.resume_at == "validation" and run.validation is not None:
+        if stepped and run.agreement.stop_here(state.batches << 32):
+            raise Stopping
         if stepped:
             if hooks.on_validation_model_zero_grad is not None:
                 hooks.on_validation_model_zero_grad()
@@ -479,8 +500,7 @@ def after_batch(run: Fit, is_last: bool) -> bool:
 def end_epoch(run: Fit) -> None:
     """Hooks, schedulers and the report at the end of an epoch."""
     trainer, state, hooks, metrics = run.trainer, run.state, run.hooks, run.metrics
-    metrics.batch = None
-    metrics.weight = 1.0
+    metrics.batch = metrics.feed = None
     metrics.epoch_report()
     if state.resume_at != "epoch_end":
         metrics.hook = "on_train_epoch_end"
@@ -525,8 +545,7 @@ def evaluate(run: Evaluation) -> list[dict[str, float]]:
         _call(metrics, hooks, f"on_{name}_epoch_start")
         for number in range(1 if run.together is not None else len(run.feeds)):
             _evaluate_loader(run, number)
-        metrics.dataloader_idx = metrics.batch = None
-        metrics.weight = 1.0
+        metrics.dataloader_idx = metrics.batch = metrics.feed = None
         results = metrics.epoch_report(keep=not trainer.sanity_checking)
         epoch_end = f"on_{name}_epoch_end"
         if getattr(hooks, epoch_end) is not None:
@@ -570,14 +589,15 @@ def _evaluate_loader(run: Evaluation, number: int) -> None:
     after = getattr(hooks, f"on_{run.name}_batch_end")
     rest = (number,) if several else ()
     metrics.dataloader_idx = number if several else None
+    metrics.feed = feed
+    step_name = f"{run.name}_step"
     base = trainer.train_state.batches << 32
-    for index, batch in enumerate(feed.batches(trainer.train_state.epoch, 0) if limit else ()):
+    agreement.place, agreement.evaluating = base, True
+    for index, batch in enumerate(feed.batches(trainer.train_state.epoch, None) if limit else ()):
         if run.move is not None:
             batch = run.move(batch, number)
         metrics.batch = batch
-        metrics.batch_size = None
-        metrics.weight = feed.weight
-        metrics.hook = f"{run.name}_step"
+        metrics.hook = step_name
         if before is not None:
             before(batch, index, *rest)
         if run.precision.plain:
@@ -591,19 +611,13 @@ def _evaluate_loader(run: Evaluation, number: int) -> None:
             trainer.report_evaluation_step(index)
         if run.page is not None:
             run.page.step(trainer.train_state.global_step, VALIDATE, trainer.train_state.epoch)
-        _stop_here(run.signals, agreement, base + index + 1)
+        if agreement.stop_here(base + index + 1):
+            raise Stopping
         if index + 1 >= limit:
             break
-    _stop_here(run.signals, agreement, base + END_OF_EVALUATION)
-
-
-def _stop_here(signals: StopSignals, agreement: StopAgreement, place: int) -> None:
-    if place > agreement.place:
-        agreement.place = place
-    if signals.requested:
-        agreement.request()
-    if place >= agreement.limit and agreement.reached(place):
+    if agreement.stop_here(base + LAST):
         raise Stopping
+    agreement.evaluating = False
 
 
 def predict(run: Evaluation, *, keep: bool) -> list[Any]:
@@ -621,7 +635,7 @@ def predict(run: Evaluation, *, keep: bool) -> list[Any]:
         for number, feed in enumerate(run.feeds):
             rest = (number,) if len(run.feeds) > 1 else ()
             limit = run.limits[number]
-            for index, batch in enumerate(feed.batches(0, 0) if limit else ()):
+            for index, batch in enumerate(feed.batches(0, None) if limit else ()):
                 trainer.predict_indices = getattr(feed, "indices", None)
                 if run.move is not None:
                     batch = run.move(batch, number)
@@ -637,7 +651,8 @@ def predict(run: Evaluation, *, keep: bool) -> list[Any]:
                     hooks.on_predict_batch_end(output, batch, index, *rest)
                 if keep and feed.weight:
                     predictions[number].append(_to_cpu(output))
-                _stop_here(run.signals, run.agreement, index + 1)
+                if run.agreement.stop_here(index + 1):
+                    raise Stopping
                 if index + 1 >= limit:
                     break
         run.metrics.hook = "on_predict_epoch_end"

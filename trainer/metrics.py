@@ -128,8 +128,10 @@ class Metrics:
         self.hook: str | None = None
         self.dataloader_idx: int | None = None
         self.batch: Any = None
-        self.batch_size: float | None = None
-        self.weight = 1.0
+        # The feed that gave the batch, whose weight is 0 on a rank that runs a copy for lack of a sample of its own.
+        self.feed: Any = None
+        self._measured: Any = None
+        self._size = 1.0
         self.training = True
         self._entries: dict[tuple[Any, ...], Entry] = {}
         self._sections: dict[str, dict[tuple[Any, ...], Entry]] = {"train": self._entries}
@@ -188,11 +190,7 @@ class Metrics:
         if entry.on_step:
             entry.last = value
         if entry.on_epoch:
-            if batch_size is None:
-                # Only a mean is weighted; measuring the batch may fail on odd ones.
-                size = (self.batch_size or self._measure_batch()) if entry.reduce == "mean" else self.weight
-            else:
-                size = batch_size * self.weight
+            size = self._sample_count(entry, batch_size)
             if entry.reduce == "mean":
                 entry.total += value * size
                 entry.weight += size
@@ -209,19 +207,23 @@ class Metrics:
         if entry.on_step:
             entry.last = value
         if entry.on_epoch:
-            if batch_size is None:
-                size = (self.batch_size or self._measure_batch()) if entry.reduce == "mean" else self.weight
-            else:
-                size = batch_size * self.weight
+            size = self._sample_count(entry, batch_size)
             entry.pending.append(value)
             entry.pending_sizes.append(size)
             if len(entry.pending) >= _PENDING:
                 entry.drain()
 
-    def _measure_batch(self) -> float:
-        """Samples in the current batch, without a padding rank's copies."""
-        self.batch_size = batch_size_of(self.batch) * self.weight if self.batch is not None else self.weight
-        return self.batch_size
+    def _sample_count(self, entry: Entry, batch_size: float | None) -> float:
+        """How much a value counts: the samples of its batch for a mean, else once; a padding copy not at all."""
+        # A last, smaller batch has another weight in the loss, but its size says how much it counts here.
+        weight = 1.0 if self.feed is None or self.feed.weight else 0.0
+        if batch_size is not None:
+            return batch_size * weight
+        if entry.reduce != "mean" or self.batch is None:
+            return weight
+        if self._measured is not self.batch:
+            self._measured, self._size = self.batch, float(batch_size_of(self.batch))
+        return self._size * weight
 
     def _declare(self, key: tuple[Any, ...], value: Any, sync_dist_group: Any) -> Entry:
         """Check a name that is logged for the first time, or with other arguments than before."""
@@ -303,8 +305,7 @@ class Metrics:
         self._entries = self._sections.setdefault(section, {})
         if not self.training:
             self.reset()
-        self.batch = self.batch_size = self.dataloader_idx = None
-        self.weight = 1.0
+        self.batch = self._measured = self.feed = self.dataloader_idx = None
 
     def reset(self) -> None:
         """Forget the values of the current section: a new epoch begins."""
@@ -346,7 +347,8 @@ class Metrics:
 
     def _means_over_ranks(self, entries: list[Entry], values: list[float]) -> list[float]:
         order = sorted(range(len(entries)), key=lambda i: entries[i].label)
-        flat = [x for i in order for x in (values[i] * self.weight, self.weight)]
+        weight = 1.0 if self.feed is None or self.feed.weight else 0.0
+        flat = [x for i in order for x in (values[i] * weight, weight)]
         ranks = self._exchange([entries[i].label for i in order], flat)
         means = [0.0] * len(entries)
         for place, i in enumerate(order):

@@ -155,7 +155,9 @@ def remove(path: str) -> None:
 
 def newest_of(callbacks: list[Any]) -> str | None:
     """The newest of the checkpoints that ModelCheckpoint callbacks call their last."""
-    paths = {str(p) for c in callbacks for p in (getattr(c, "last_model_path", ""), getattr(c, "best_model_path", "")) if p}
+    paths = {
+        str(p) for c in callbacks for p in (getattr(c, "last_model_path", ""), getattr(c, "best_model_path", "")) if p
+    }
     dated = []
     for path in paths:
         import fsspec

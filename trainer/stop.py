@@ -6,9 +6,9 @@ promises not to pass it, publishes it, and reads the other ranks' promises: all 
 waits for another rank's training to move on, only for the threads, so there is nothing to deadlock on; ranks may be
 any number of batches apart.
 
-A place is an integer that grows in the same order on all ranks: the number of training batches done, shifted left by
-32, plus the number of batches done in an evaluation that follows it. The end of an evaluation is a place too, so that
-ranks whose evaluations differ in length still meet.
+A place is an integer that grows in the same order on all ranks. After training batch n come `n << 32` (before a
+validation that is due), `(n << 32) + i` after its i-th batch, and `(n << 32) + LAST` when everything that follows
+batch n is done; so ranks whose evaluations differ in length still meet.
 """
 
 from __future__ import annotations
@@ -24,11 +24,10 @@ from trainer.errors import DistributedError
 if TYPE_CHECKING:
     from trainer.distributed import World
     from trainer.signals import StopSignals
+    from trainer.state import TrainState
 
 NEVER = 1 << 62
-END_OF_EVALUATION = (1 << 32) - 1
-# How far a promise lies ahead of where its rank is: the batch in progress and one more.
-_AHEAD = 2
+LAST = (1 << 32) - 1
 # A promise that no rank answers within this time means that a rank is gone or hangs.
 _ANSWER_S = 600.0
 # The number of agreements this process has begun: every rank counts the same, so keys are never reused.
@@ -38,16 +37,19 @@ _sessions = 0
 class StopAgreement:
     """Watches for a stop while a loop runs. Use as a context manager around the loop.
 
-    The loop keeps `place` up to date and, after each batch, does
-    `if signals.requested: agreement.request()` and `if place >= agreement.limit and agreement.reached(place): stop`.
+    The loop asks `signals.requested or state.batches >= agreement.limit_batches` after each training batch, and if so
+    calls `stop_here(place)`; an evaluation calls it after each batch and says when it is `evaluating`.
     """
 
-    def __init__(self, world: World, signals: StopSignals) -> None:
+    def __init__(self, world: World, signals: StopSignals, state: TrainState) -> None:
         self.limit: int = NEVER
+        self.limit_batches: int = NEVER
+        self.evaluating = False
         self.place = 0
-        self.requested = False
+        self._requested = False
         self._world = world
         self._signals = signals
+        self._state = state
         self._decided = threading.Event()
         self._failure: BaseException | None = None
         self._thread: threading.Thread | None = None
@@ -81,16 +83,40 @@ class StopAgreement:
     def _client(self) -> Any:
         return dist.distributed_c10d._get_default_store()
 
-    def request(self) -> None:
-        """This rank received a signal: tell all. Called from the loop, never from a signal handler."""
-        if self.requested:
-            return
-        self.requested = True
+    def stop_here(self, place: int) -> bool:
+        """Whether all ranks stop at this place; called from the loop when it is there.
+
+        Raises:
+            DistributedError: a rank did not answer.
+        """
+        self.place = place
+        if self._signals.requested and not self._requested:
+            self._request()
+        if place < self.limit:
+            return False
+        if not self._decided.wait(_ANSWER_S) or self._failure is not None:
+            raise DistributedError(
+                f"rank {self._world.rank} was told to stop, but not all ranks answered within {_ANSWER_S:.0f} s: "
+                "one of them is gone or hangs. Look at the other ranks' logs."
+            ) from self._failure
+        return place >= self.limit
+
+    def _request(self) -> None:
+        """This rank received a signal: tell all."""
+        self._requested = True
         if self._world.size == 1:
-            self.limit = 0
+            self._set_limit(0)
             self._decided.set()
         else:
             self._client().compare_set(f"{self._prefix}/word", "", "stop")
+
+    def _set_limit(self, limit: int) -> None:
+        self.limit = limit
+        self.limit_batches = limit >> 32
+
+    def _where(self) -> int:
+        """The newest place that the loop has surely looked at, or may be looking at now."""
+        return self.place if self.evaluating else (self._state.batches << 32) + LAST
 
     def _watch(self) -> None:
         try:
@@ -98,30 +124,18 @@ class StopAgreement:
             store.wait([f"{self._prefix}/word"])
             if store.get(f"{self._prefix}/word") != b"stop":
                 return
-            # The loop may move on between two lines of this: fix the promise only once it lies ahead for sure.
+            # The loop may move on between two lines of this: fix the promise only once it lies ahead for sure. A
+            # loop that looked just before the limit was set is in the batch that leads to the promise at most.
             while True:
-                self.limit = promise = ((self.place >> 32) + _AHEAD) << 32
-                if self.place <= promise:
+                promise = self.place + 2 if self.evaluating else (self._state.batches + 1) << 32
+                self._set_limit(promise)
+                if self._where() < promise:
                     break
             store.set(f"{self._prefix}/{self._world.rank}", str(promise))
             keys = [f"{self._prefix}/{rank}" for rank in range(size)]
             store.wait(keys, timedelta(seconds=_ANSWER_S))
-            self.limit = max(int(value) for value in store.multi_get(keys))
-            self.requested = True
+            self._set_limit(max(int(value) for value in store.multi_get(keys)))
         except BaseException as failure:  # noqa: BLE001 - handed to the loop, or void if the run is over
             self._failure = failure
         finally:
             self._decided.set()
-
-    def reached(self, place: int) -> bool:
-        """Whether all ranks stop here. Waits for the other ranks' promises if they are not all known yet.
-
-        Raises:
-            DistributedError: a rank did not answer.
-        """
-        if not self._decided.wait(_ANSWER_S) or self._failure is not None:
-            raise DistributedError(
-                f"rank {self._world.rank} was told to stop, but not all ranks answered within {_ANSWER_S:.0f} s: "
-                "one of them is gone or hangs. Look at the other ranks' logs."
-            ) from self._failure
-        return place >= self.limit

@@ -57,6 +57,7 @@ if TYPE_CHECKING:
 
 EX_TEMPFAIL = 75
 
+
 class Trainer:
     """Runs a Module: fit, validate, test, predict, on one process or on all ranks that were started.
 
@@ -547,7 +548,7 @@ class Trainer:
             parallel=self.parallel,
             precision=self.precision_object,
             signals=self._signals,
-            agreement=StopAgreement(self.world, self._signals),
+            agreement=StopAgreement(self.world, self._signals, self.train_state),
             page=self._page,
             step=self._timed(_step_of(module, "training_step", self.parallel.step), "training_step"),
             move=self._mover(hooks),
@@ -708,7 +709,11 @@ class Trainer:
             world=self.world,
             precision=self.precision_object,
             signals=self._signals,
-            agreement=self._fit.agreement if self._fit is not None else StopAgreement(self.world, self._signals),
+            agreement=(
+                self._fit.agreement
+                if self._fit is not None
+                else StopAgreement(self.world, self._signals, self.train_state)
+            ),
             page=self._page,
             name=name,
             step=self._timed(_step_of(module, step_name, getattr(module, step_name)), step_name),
@@ -763,9 +768,7 @@ class Trainer:
     @contextmanager
     def _agreeing(self, run: Fit | Evaluation) -> Iterator[None]:
         """The ranks watch for a stop inside."""
-        agreement = run.agreement
-        agreement.place = self.train_state.batches << 32
-        with agreement:
+        with run.agreement:
             yield
 
     def _sanity_check(self, run: Fit) -> None:
@@ -820,7 +823,11 @@ class Trainer:
 
     def after_epoch(self, run: Fit) -> None:
         """In a run folder every epoch leaves a checkpoint, whatever the user's own checkpoints keep."""
-        if self.run_dir is not None and self.config.enable_checkpointing and self._last_saved_batches != run.state.batches:
+        if (
+            self.run_dir is not None
+            and self.config.enable_checkpointing
+            and self._last_saved_batches != run.state.batches
+        ):
             self._save_for_resume("epoch")
 
     def report_step(self) -> None:
@@ -858,7 +865,9 @@ class Trainer:
 
     # ---------------------------------------------------------------------------------------- checkpoints
 
-    def save_checkpoint(self, filepath: str | Path, weights_only: bool | None = None, storage_options: Any = None) -> None:
+    def save_checkpoint(
+        self, filepath: str | Path, weights_only: bool | None = None, storage_options: Any = None
+    ) -> None:
         """Write a checkpoint to a path or fsspec URL. Every rank must call it.
 
         One process writes a torch file (`torch.load(path, weights_only=True)` opens it; its "state_dict" is plain);
