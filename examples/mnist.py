@@ -30,7 +30,7 @@ from trainer.callbacks import EarlyStopping, ModelCheckpoint
 FILES = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
 
 
-class MNISTMissing(Exception):
+class MNISTMissingError(Exception):
     """MNIST is neither here nor to be had; the message says what to do."""
 
 
@@ -50,7 +50,7 @@ class MNISTData(T.DataModule):
             for train in (True, False):
                 MNIST(self.folder, train=train, download=True)
         except (RuntimeError, URLError, OSError) as error:
-            raise MNISTMissing(
+            raise MNISTMissingError(
                 f"MNIST is not in {self.folder.resolve()} and cannot be downloaded ({error}).\n"
                 f"Copy these files there, packed (.gz) or not, and start again:\n  "
                 + "\n  ".join(FILES)
@@ -148,7 +148,7 @@ def main() -> None:
     model = MNISTModel(args.lr)
     try:
         trainer.fit(model, datamodule=data)
-    except MNISTMissing as missing:
+    except MNISTMissingError as missing:
         sys.exit(str(missing))
     results = trainer.test(model, datamodule=data, ckpt_path="best", verbose=False)
     if trainer.is_global_zero:

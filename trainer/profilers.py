@@ -278,7 +278,7 @@ class PyTorchProfiler(Profiler):
         self._end()
         return self._table
 
-    def teardown(self, stage: str | None) -> None:  # noqa: ARG002 - the same for every stage
+    def teardown(self, stage: str | None) -> None:
         self._end()
 
     def _end(self) -> None:

@@ -134,7 +134,7 @@ class ModelCheckpoint(Checkpoint):
         self._every_n_train_steps = every_n_train_steps or 0
         self._every_n_epochs = every_n_epochs or 0
         self._train_time_interval = train_time_interval
-        self._interval = AgreedInterval(train_time_interval.total_seconds()) if train_time_interval else None
+        self._interval = None if train_time_interval is None else AgreedInterval(train_time_interval.total_seconds())
         self._save_on_train_epoch_end = save_on_train_epoch_end
         self._enable_version_counter = enable_version_counter
 
@@ -233,7 +233,8 @@ class ModelCheckpoint(Checkpoint):
             return
         path = trainer.strategy.broadcast(self.format_checkpoint_name(self._candidates(trainer)))
         self._write(trainer, path)
-        self._save_last(trainer)
+        if self.save_last:
+            self._save_last(trainer)
         rank_zero_info(f"{type(exception).__name__}: {exception}. Checkpoint written to {path}")
 
     def _skips(self, trainer: Trainer) -> bool:
@@ -431,7 +432,7 @@ class ModelCheckpoint(Checkpoint):
 
     def _taken(self, trainer: Trainer, path: str) -> bool:
         for other in trainer.checkpoint_callbacks:
-            if path in other._files():
+            if isinstance(other, ModelCheckpoint) and path in other._files():
                 return True
         run_dir = read_ranks().run_dir
         if run_dir is not None and path.startswith(os.path.realpath(run_dir) + os.sep):
