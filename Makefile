@@ -6,7 +6,7 @@ JOBS   ?= 2
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help run test check lint types bench clean
+.PHONY: help run test check lint types bench soak gpu clean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -31,6 +31,17 @@ lint: $(BIN)/launch
 
 types: $(BIN)/launch
 	$(BIN)/mypy
+
+bench: $(BIN)/launch ## benchmarks beside their peers, which are installed first; minutes
+	$(BIN)/python -m pip install --quiet -e '.[peers]'
+	$(BIN)/python benchmarks/launch_time.py --json benchmarks/results/launch_time.json
+	$(BIN)/python benchmarks/step_overhead.py
+
+soak: $(BIN)/launch  ## large counts of kills, faults and schedules; long
+	$(BIN)/python -m pytest -m soak
+
+gpu: $(BIN)/launch   ## tests that need a GPU
+	$(BIN)/python -m pytest -m gpu
 
 clean:           ## remove what the build left (never your runs)
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
