@@ -461,8 +461,8 @@ class Node:
         mapping.close()
         os.close(page)
         error = read_error_file(folder / f"rank-{place.rank}.error.json")
-        failed_ns = int((error or {}).get("monotonic_ns", report["ns"]))
-        asked = self._asked_ns is not None and failed_ns >= self._asked_ns
+        told_ns = None if error is None else error.get("monotonic_ns")
+        asked = self._asked_ns is not None and (told_ns or report["ns"]) >= self._asked_ns
         ended = RankExit(
             rank=place.rank,
             local_rank=local,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import array
 import json
+import os
 import socket
 import struct
 from collections import deque
@@ -94,6 +95,8 @@ class Channel:
     def close(self) -> None:
         self.closed = True
         self.sock.close()
+        while self._fds:
+            os.close(self._fds.popleft())
 
 
 def pair() -> tuple[Channel, Channel]:

@@ -16,6 +16,7 @@ import importlib.machinery
 import io
 import json
 import os
+import pkgutil
 import random
 import runpy
 import signal
@@ -50,8 +51,9 @@ def run(order: dict[str, Any]) -> None:
     environment: dict[str, str] = order["env"]
     os.environ.clear()
     os.environ.update(environment)
-    _fresh_streams()
+    _fresh_streams(environment)
     _fresh_randomness()
+    threading.main_thread()._set_native_id()  # type: ignore[attr-defined]  # a fork leaves the parent's
     _set_threads(environment)
     _run_python(program["kind"], program["target"], program["args"], order["python"], environment)
 
@@ -98,16 +100,21 @@ def _exec(order: dict[str, Any]) -> None:
         os._exit(126 if isinstance(error, PermissionError) else 127)
 
 
-def _fresh_streams() -> None:
-    """sys.std* as the interpreter would make them, line-buffered so that no printed line is lost by a SIGKILL."""
-    encoding = "utf-8" if sys.flags.utf8_mode else None
-    write_through = bool(os.environ.get("PYTHONUNBUFFERED"))
+def _fresh_streams(environment: dict[str, str]) -> None:
+    """sys.std* as the interpreter makes them, but stdout by lines, so that no printed line is lost by a SIGKILL."""
+    unbuffered = bool(environment.get("PYTHONUNBUFFERED")) and not sys.flags.ignore_environment
     for name, fd, mode in (("stdin", 0, "r"), ("stdout", 1, "w"), ("stderr", 2, "w")):
-        errors = "backslashreplace" if name == "stderr" else "strict"
-        raw = io.FileIO(fd, mode, closefd=False)
-        buffer = io.BufferedReader(raw) if mode == "r" else io.BufferedWriter(raw)
+        old = getattr(sys, f"__{name}__")  # None if launch was started with it closed
+        buffer: Any = open(fd, f"{mode}b", 0 if unbuffered and mode == "w" else -1, closefd=False)  # noqa: SIM115
+        getattr(buffer, "raw", buffer).name = f"<{name}>"
         stream = io.TextIOWrapper(
-            buffer, encoding=encoding, errors=errors, line_buffering=mode == "w", write_through=write_through
+            buffer,
+            # PYTHONIOENCODING, UTF-8 mode and the locale were weighed when the zygote's interpreter started.
+            encoding=None if old is None else old.encoding,
+            errors=("backslashreplace" if name == "stderr" else "strict") if old is None else old.errors,
+            newline="\n",
+            line_buffering=mode == "w" and not unbuffered,
+            write_through=unbuffered,
         )
         stream.mode = mode  # type: ignore[misc]  # as the interpreter does
         setattr(sys, name, stream)
@@ -122,7 +129,9 @@ def _fresh_randomness() -> None:
     process = sys.modules.get("multiprocessing.process")
     if process is not None:
         process.current_process().authkey = os.urandom(32)
-    # torch's default generator starts from a constant in every interpreter, and so it does here.
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.default_generator.seed()  # the CPU's; CUDA's start from a constant, here and in a fresh interpreter
 
 
 def _set_threads(environment: dict[str, str]) -> None:
@@ -157,17 +166,17 @@ def _run_python(kind: str, target: str, args: list[str], python: str, environmen
     sys.modules["__main__"] = main
     preloaded = set(sys.modules)
     sys.argv = [target, *args]
+    path = target if target.startswith("/") else f"{Path.cwd()}/{target}"  # . and .. stay
     sys.orig_argv = [python, *(["-m"] if kind == "module" else []), target, *args]
     try:
         if kind == "module":
             if not safe_path:
                 sys.path.insert(0, str(Path.cwd()))
             runpy._run_module_as_main(target)  # type: ignore[attr-defined]  # what the interpreter's -m calls
-        elif Path(target).is_dir() or target.endswith((".zip", ".pyz")):
-            sys.path.insert(0, target)
+        elif pkgutil.get_importer(path) is not None:
+            sys.path.insert(0, path)
             runpy._run_module_as_main("__main__", False)  # type: ignore[attr-defined]
         else:
-            path = os.path.abspath(target)  # noqa: PTH100  (the interpreter leaves links as they are)
             if not safe_path:
                 sys.path.insert(0, str(Path(target).resolve().parent))
             main.__file__ = path

@@ -99,7 +99,9 @@ def serve(channel: Channel) -> dict[str, Any]:
             os.read(wake_read, 4096)
         try:
             reap()
-            for order in channel.receive():
+            orders = channel.receive()
+            while orders:
+                order = orders.pop(0)
                 what = order["order"]
                 if what == "start":
                     pid = os.fork()
@@ -110,7 +112,10 @@ def serve(channel: Channel) -> dict[str, Any]:
                         os.close(wake_write)
                         for rank in ranks.values():
                             os.close(rank.pidfd)
-                        channel.sock.close()
+                        channel.close()
+                        for other in orders:  # a rank must not hold another's pipes open
+                            for fd in other.get("fds", ()):
+                                os.close(fd)
                         order["parent"] = os.getppid()
                         return order
                     ranks[pid] = Rank(order["key"], pid)

@@ -1,0 +1,132 @@
+"""A rank is what `python program` would be: the same program is run both ways, and what each saw is compared."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# The interpreter of the `launch` command, under the name that its first line gives it.
+_PYTHON = str(Path(sys.executable).with_name("launch").read_text().splitlines()[0].removeprefix("#!"))
+
+
+def _plain(launch, arguments: list[str], environment: dict[str, str], probe: Path) -> tuple[dict[str, Any], str]:
+    """The probe under the plain interpreter, its streams on pipes and stdin on /dev/null like a rank's."""
+    done = subprocess.run(
+        [_PYTHON, *arguments], cwd=launch.cwd, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+        env=environment | {"PROBE": str(probe)}, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads((probe.parent / f"{probe.name}.{environment['RANK']}").read_text()), done.stdout
+
+
+def _flat(value: Any, path: str = "") -> dict[str, Any]:
+    if isinstance(value, dict):
+        return {k: v for key, below in value.items() for k, v in _flat(below, f"{path}.{key}").items()} or {path: {}}
+    return {path: value}
+
+
+KINDS = {
+    "script": ["probe.py"],
+    "relative": ["../here/probe.py"],
+    "link": ["./link.py"],
+    "module": ["-m", "package.inner.probe"],
+    "package": ["-m", "package"],
+    "folder": ["app"],
+    "zip": ["app.zip"],
+}
+
+
+@pytest.fixture
+def tree(launch, programs: Path) -> Path:
+    """A working directory with the probe as script, as module, as package, as folder and as archive."""
+    here = launch.cwd
+    for folder in ("package/inner", "app", "elsewhere"):
+        (here / folder).mkdir(parents=True)
+    for target in ("probe.py", "package/inner/probe.py", "package/__main__.py", "app/__main__.py", "elsewhere/real.py"):
+        shutil.copy(programs / "probe.py", here / target)
+    for target in ("package/__init__.py", "package/inner/__init__.py"):
+        (here / target).touch()
+    (here / "link.py").symlink_to("elsewhere/real.py")
+    shutil.make_archive(str(here / "app"), "zip", here / "app")
+    return here
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_forked_rank_sees_what_a_fresh_interpreter_sees(launch, tree: Path, tmp_path: Path, kind: str) -> None:
+    heavy = kind == "script"
+    args = [
+        "one",
+        "two words",
+        *(["--torch"] if heavy else []),
+        *(["--processes"] if kind in ("script", "module") else []),
+    ]
+    how = [] if heavy else ["--preload", "json"]
+    unbuffered = kind == "module"
+    job = launch.ok(
+        "--procs", "2", *how, "--show-ranks", "all", *KINDS[kind], *args, unset=("PYTHONUNBUFFERED",),
+        env={"PROBE": str(tmp_path / "probe"), **({"PYTHONUNBUFFERED": "1"} if unbuffered else {})},
+    )  # fmt: skip
+    ranks = [json.loads((tmp_path / f"probe.{rank}").read_text()) for rank in (0, 1)]
+    other, mine = ranks
+    environment = mine["own"]["environment"]
+    fresh, stdout = _plain(launch, [*KINDS[kind], *args], environment, tmp_path / "fresh")
+
+    wanted, got = _flat(fresh["seen"]), _flat(mine["seen"])
+    # Line by line, so that a killed rank has lost nothing (worker.py).
+    assert got.pop(".streams.stdout.line_buffering") is not unbuffered
+    assert wanted.pop(".streams.stdout.line_buffering") is False
+    assert {k: (v, got.get(k, "missing")) for k, v in wanted.items() if got.get(k, "missing") != v} == {}
+    assert got.keys() == wanted.keys()
+    assert {k: v for k, v in mine["seen"].items() if not k.startswith(("pool", "loader"))} == other["seen"]
+
+    for name in ("random", "authkey", "temp", "uuid", *(["numpy", "initial_seed"] if heavy else [])):
+        assert len({r["own"][name] for r in (mine, other, fresh)}) == 3, name
+    assert mine["own"]["session"]
+    assert mine["own"]["loaded"] == (["numpy", "torch"] if heavy else [])
+    ended = [line for line in stdout.splitlines() if line]
+    assert ended[0] == "printed, not flushed"[:20]
+    for rank in (0, 1):
+        assert job.run.log(rank).splitlines() == ended
+
+
+def test_what_the_environment_holds(launch, programs: Path, tmp_path: Path) -> None:
+    """Nothing of the launcher's own that a program did not have anyway, under --no-preload as well."""
+    shutil.copy(programs / "probe.py", launch.cwd)
+    found = {}
+    for how in (["--preload", "json"], ["--no-preload"]):
+        launch.ok(
+            "--procs",
+            "2",
+            *how,
+            "probe.py",
+            env={"PROBE": str(tmp_path / "probe")},
+            unset=("OMP_NUM_THREADS", "PYTHONUNBUFFERED"),
+        )
+        found[how[0]] = json.loads((tmp_path / "probe.1").read_text())
+    given = {
+        "RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0",
+        "GROUP_WORLD_SIZE": "1", "ROLE_NAME": "default", "ROLE_RANK": "1", "ROLE_WORLD_SIZE": "2", "NODE_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RESTART_COUNT": "0", "TORCHELASTIC_MAX_RESTARTS": "0",
+        "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1", "OMP_NUM_THREADS": "1",
+        "LAUNCH_ATTEMPT": "0", "LAUNCH_GRACE_S": "30", "CUDA_VISIBLE_DEVICES": "",
+    }  # fmt: skip
+    varies = {"MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_ERROR_FILE", "LAUNCH_RUN_ID", "LAUNCH_RUN_DIR",
+              "LAUNCH_PROGRESS"}  # fmt: skip
+    for how, probe in found.items():
+        environment = probe["own"]["environment"]
+        new = {k: v for k, v in environment.items() if os.environ.get(k) != v or k == "PYTHONUNBUFFERED"}
+        for name in ("PROBE", "MUSTER_TEST_LAUNCH", "LC_CTYPE", *varies):
+            new.pop(name, None)
+        if how == "--no-preload":
+            assert new.pop("PYTHONUNBUFFERED") == "1"
+        assert new == {k: v for k, v in given.items() if os.environ.get(k) != v}, how
+        assert varies <= environment.keys()
+    assert found["--preload"]["seen"]["main"] == found["--no-preload"]["seen"]["main"]
+    assert found["--preload"]["seen"]["orig_argv"] == found["--no-preload"]["seen"]["orig_argv"]
