@@ -222,6 +222,21 @@ def test_state_survives_a_restart(tmp_path):
     assert names(tmp_path / "c") == ["epoch=3.ckpt", "epoch=4.ckpt", "last.ckpt"]
 
 
+def test_a_removal_that_a_kill_prevented_is_made_up_for(tmp_path):
+    def killed(trainer, path):
+        raise KeyboardInterrupt
+
+    first = ModelCheckpoint(tmp_path / "c", "{epoch}")
+    first._remove = killed
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path, Scripted(), first, val=False, max_epochs=3)
+    assert names(tmp_path / "c") == ["epoch=0.ckpt", "epoch=1.ckpt"]
+    again = ModelCheckpoint(tmp_path / "c", "{epoch}")
+    fit(tmp_path, Scripted(), again, val=False, max_epochs=3, ckpt_path=tmp_path / "c" / "epoch=1.ckpt")
+    # epoch=1 stays, because it is what the user started from.
+    assert names(tmp_path / "c") == ["epoch=1.ckpt", "epoch=2.ckpt"]
+
+
 def test_the_checkpoint_that_a_run_started_from_is_kept(tmp_path):
     first = ModelCheckpoint(tmp_path / "c", "{epoch}")
     fit(tmp_path, Scripted(), first, val=False)

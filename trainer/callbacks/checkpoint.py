@@ -148,6 +148,8 @@ class ModelCheckpoint(Checkpoint):
         self._last_checkpoint_saved = ""
         self._last_global_step_saved = 0
         self._validated = False
+        # What the save that is under way replaces. A restart from that save removes it, if we do not get to it.
+        self._replaced: list[str] = []
         # A save that came due before the monitored value was there, or while it was an old one.
         self._waits_for_validation = False
 
@@ -191,6 +193,7 @@ class ModelCheckpoint(Checkpoint):
     def on_train_start(self, trainer: Trainer, pl_module: Module) -> None:
         if self._interval is not None:
             self._interval.begin()
+        self._remove_replaced(trainer)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Module, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self._every_n_train_steps:
@@ -227,6 +230,7 @@ class ModelCheckpoint(Checkpoint):
     def on_train_end(self, trainer: Trainer, pl_module: Module) -> None:
         if self.save_last and not trainer.fast_dev_run and self._last_global_step_saved != trainer.global_step:
             self._save_last(trainer)
+            self._remove_replaced(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: Module, exception: BaseException) -> None:
         if not self.save_on_exception or self._skips(trainer):
@@ -235,6 +239,7 @@ class ModelCheckpoint(Checkpoint):
         self._write(trainer, path)
         if self.save_last:
             self._save_last(trainer)
+        self._remove_replaced(trainer)
         rank_zero_info(f"{type(exception).__name__}: {exception}. Checkpoint written to {path}")
 
     def _skips(self, trainer: Trainer) -> bool:
@@ -269,35 +274,33 @@ class ModelCheckpoint(Checkpoint):
     def _save(self, trainer: Trainer) -> None:
         """One save: the top-k one if this state is among them, the last one if it is wanted, then the removals."""
         self._waits_for_validation = False
-        replaced = self._save_top_k(trainer) if self.save_top_k != 0 else None
+        if self.save_top_k != 0:
+            self._save_top_k(trainer)
         if self.save_last and (self._last_global_step_saved == trainer.global_step or self.save_top_k == 0):
             self._save_last(trainer)
-        if replaced is not None:
-            self._remove(trainer, replaced)
+        self._remove_replaced(trainer)
 
-    def _save_top_k(self, trainer: Trainer) -> str | None:
-        """Save if this state is among the best; returns the checkpoint that this one pushed out."""
+    def _save_top_k(self, trainer: Trainer) -> None:
+        """Save if this state is among the best."""
         candidates = self._candidates(trainer)
         choice = self._choose(trainer, candidates) if trainer.is_global_zero else None
         choice = trainer.strategy.broadcast(choice)
         if choice is None:
-            return None
+            return
         choice = _Choice(*choice)
         if choice.error is not None:
             raise ConfigError(choice.error)
         # The state changes before the checkpoint is written, because it is part of it.
-        replaced = None
         if choice.score is None:
             if self.save_top_k == 1:
-                replaced = self.best_model_path
+                self._replaced.append(self.best_model_path)
             self.best_model_path = choice.path
         else:
-            replaced = self._rank(choice.path, choice.score)
+            self._rank(choice.path, choice.score)
         if self.verbose:
             score = "" if choice.score is None else f": {self.monitor} = {choice.score:.5g}"
             rank_zero_info(f"epoch {trainer.current_epoch}, step {trainer.global_step}{score}, saving {choice.path}")
         self._write(trainer, choice.path)
-        return replaced if replaced and replaced != choice.path else None
 
     def _choose(self, trainer: Trainer, candidates: dict[str, Tensor]) -> _Choice | None:
         if self.monitor is None:
@@ -329,14 +332,13 @@ class ModelCheckpoint(Checkpoint):
         kth = float(self.best_k_models[self.kth_best_model_path])
         return float(current) < kth if self.mode == "min" else float(current) > kth
 
-    def _rank(self, path: str, score: float) -> str | None:
-        """Take a new one among the best; returns the one that leaves."""
+    def _rank(self, path: str, score: float) -> None:
+        """Take a new one among the best, and the worst one out if there are too many."""
         worst = math.inf if self.mode == "min" else -math.inf
         value = torch.tensor(worst if math.isnan(score) else score)
-        leaves = None
         if len(self.best_k_models) == self.save_top_k:
-            leaves = self.kth_best_model_path
-            del self.best_k_models[leaves]
+            del self.best_k_models[self.kth_best_model_path]
+            self._replaced.append(self.kth_best_model_path)
         self.current_score = value
         self.best_k_models[path] = value
         ordered = sorted(self.best_k_models, key=lambda p: float(self.best_k_models[p]), reverse=self.mode == "max")
@@ -345,7 +347,6 @@ class ModelCheckpoint(Checkpoint):
         if len(ordered) == self.save_top_k or self.save_top_k == -1:
             self.kth_best_model_path = ordered[-1]
             self.kth_value = self.best_k_models[ordered[-1]]
-        return leaves
 
     def _save_last(self, trainer: Trainer) -> None:
         path = trainer.strategy.broadcast(
@@ -353,15 +354,14 @@ class ModelCheckpoint(Checkpoint):
             if trainer.is_global_zero
             else None
         )
-        replaced, self.last_model_path = self.last_model_path, path
+        self._replaced.append(self.last_model_path)
+        self.last_model_path = path
         if self.save_last == "link" and self._last_global_step_saved == trainer.global_step:
             if trainer.is_global_zero:
                 _link(self._last_checkpoint_saved, path)
             trainer.strategy.barrier("ModelCheckpoint: link of the last checkpoint")
         else:
             self._write(trainer, path)
-        if replaced and replaced != path:
-            self._remove(trainer, replaced)
 
     def _write(self, trainer: Trainer, path: str) -> None:
         trainer.save_checkpoint(path, self.save_weights_only)
@@ -371,14 +371,19 @@ class ModelCheckpoint(Checkpoint):
             for logger in trainer.loggers:
                 logger.after_save_checkpoint(proxy(self))
 
+    def _remove_replaced(self, trainer: Trainer) -> None:
+        """Remove what newer checkpoints, which are complete by now, have replaced."""
+        replaced, self._replaced = self._replaced, []
+        if trainer.is_global_zero:
+            for path in replaced:
+                if path and path not in self._files():
+                    self._remove(trainer, path)
+
     def _remove(self, trainer: Trainer, path: str) -> None:
-        """Remove a checkpoint that was replaced, but never one that is not ours or that the run was started from."""
-        if not trainer.is_global_zero:
-            return
+        """Remove a checkpoint, but never one that is not ours or that the user started this run from."""
         started_from = trainer.ckpt_path
-        if started_from is not None and _absolute(str(started_from)) == _absolute(path):
-            return
-        if not path.startswith(str(self.dirpath)):
+        given = started_from is not None and _absolute(str(started_from)) == _absolute(path)
+        if (given and not _in_run_folder(path)) or not path.startswith(str(self.dirpath)):
             return
         if os.path.islink(path):
             os.unlink(path)
@@ -434,8 +439,7 @@ class ModelCheckpoint(Checkpoint):
         for other in trainer.checkpoint_callbacks:
             if isinstance(other, ModelCheckpoint) and path in other._files():
                 return True
-        run_dir = read_ranks().run_dir
-        if run_dir is not None and path.startswith(os.path.realpath(run_dir) + os.sep):
+        if _in_run_folder(path):
             # Ours, from an attempt that died after the state it goes on from: the same step is written again.
             return False
         return exists(path)
@@ -477,6 +481,7 @@ class ModelCheckpoint(Checkpoint):
             "last_checkpoint_saved": self._last_checkpoint_saved,
             "validated": self._validated,
             "waits_for_validation": self._waits_for_validation,
+            "replaced": list(self._replaced),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -498,6 +503,7 @@ class ModelCheckpoint(Checkpoint):
         self._last_checkpoint_saved = state_dict.get("last_checkpoint_saved", "")
         self._validated = state_dict.get("validated", False)
         self._waits_for_validation = state_dict.get("waits_for_validation", False)
+        self._replaced = list(state_dict.get("replaced", []))
 
 
 class OnExceptionCheckpoint(Checkpoint):
@@ -530,6 +536,11 @@ def _absolute(path: str) -> str:
     if "://" in path:
         return path.rstrip("/")
     return os.path.realpath(os.path.expanduser(path))
+
+
+def _in_run_folder(path: str) -> bool:
+    run_dir = read_ranks().run_dir
+    return run_dir is not None and path.startswith(os.path.realpath(run_dir) + os.sep)
 
 
 def _link(target: str, link: str) -> None:
