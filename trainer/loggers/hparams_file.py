@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+# YAML 1.1 reads these as no strings.
+_WORDS = {"y", "n", "yes", "no", "on", "off", "true", "false", "null"}
+
 
 def to_yaml(values: Mapping[str, Any]) -> str:
     """One line per key; a value that is no plain data is written as its `str`.
@@ -23,7 +26,8 @@ def to_yaml(values: Mapping[str, Any]) -> str:
 
 def _key(key: object) -> str:
     text = str(key)
-    return text if text.replace("_", "").isalnum() and not text[0].isdigit() else json.dumps(text)
+    plain = text.isidentifier() and text.isascii() and text.lower() not in _WORDS
+    return text if plain else json.dumps(text)
 
 
 def _value(value: Any) -> str:

@@ -108,8 +108,8 @@ class TensorBoardLogger(FolderLogger):
         step: int | None = None,
     ) -> None:
         """Write hyperparameters; `metrics` are the values that TensorBoard's table shows beside them."""
-        known = self._continues and metrics is None
         super().log_hyperparams(params)
+        known = self._continues and metrics is None
         if metrics is None:
             values: dict[str, Any] = {"hp_metric": -1} if self._default_hp_metric else {}
         else:
