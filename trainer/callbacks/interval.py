@@ -14,7 +14,8 @@ class AgreedInterval:
 
     Ranks' clocks differ, so one of them must decide and the others must ask at the same batch. Asking costs a
     broadcast; so each answer carries the number of batches until the next question: half of what the rate so far
-    would need to fill the interval. That is about log2(batches per interval) broadcasts per interval.
+    would need to fill the interval, and at most twice as many as the last time, since a rate may mislead. That is
+    about 2 log2(batches per interval) broadcasts per interval.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -32,6 +33,10 @@ class AgreedInterval:
         """Seconds of this interval that have passed on this rank's clock."""
         return time.monotonic() - self._since
 
+    def passed_already(self, trainer: Trainer) -> bool:
+        """Whether the interval is over before any batch; to be called on every rank."""
+        return bool(trainer.strategy.broadcast(self.elapsed() >= self.seconds))
+
     def passed(self, trainer: Trainer) -> bool:
         """To be called once per batch on every rank; True once the interval is over, until `begin` is called."""
         self._batches += 1
@@ -44,4 +49,4 @@ class AgreedInterval:
     def _look(self) -> tuple[bool, int]:
         left = self.seconds - self.elapsed()
         per_batch = max((time.monotonic() - self._asked) / self._batches, 1e-6)
-        return left <= 0, max(1, int(left / per_batch / 2))
+        return left <= 0, max(1, min(int(left / per_batch / 2), 2 * self._next))

@@ -86,7 +86,7 @@ class Timer(Callback):
         self._begin("train")
         if self._clock is not None:
             self._clock.begin(elapsed=self._before)
-            self._stop_if_over(trainer, self._clock.passed(trainer))
+            self._stop_if_over(trainer, self._clock.passed_already(trainer))
 
     def on_train_end(self, trainer: Trainer, pl_module: Module) -> None:
         self._end("train")
@@ -115,7 +115,7 @@ class Timer(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Module) -> None:
         if self._clock is not None and self._interval == "epoch":
-            self._stop_if_over(trainer, trainer.strategy.broadcast(self._clock.elapsed() >= self._clock.seconds))
+            self._stop_if_over(trainer, self._clock.passed_already(trainer))
 
     def _stop_if_over(self, trainer: Trainer, over: bool) -> None:
         if not over or trainer.should_stop:
