@@ -76,6 +76,13 @@ class Gang:
     def missing(self) -> list[int]:
         return [i for i, node in enumerate(self.nodes) if not node.here]
 
+    def exit_codes(self) -> dict[int, list[int]]:
+        """The ranks of this attempt by how they ended."""
+        table: dict[int, list[int]] = {}
+        for rank in sorted(self.exits):
+            table.setdefault(self.exits[rank].code, []).append(rank)
+        return table
+
     def node_here(self, index: int, procs: int, address: str | None) -> list[Action]:
         node = self.nodes[index]
         node.procs, node.here, node.address, node.gone = procs, True, address, None
@@ -202,12 +209,12 @@ class Gang:
         if self.restarts < self._max_restarts:
             self.restarts += 1
             self.attempt += 1
-            self.exits = {}
+            exits, self.exits = self.exit_codes(), {}
             self.phase = Phase.MEETING
             actions = [
                 Action(
                     "restarting",
-                    message={"cause": cause, "restart": self.restarts},
+                    message={"cause": cause, "restart": self.restarts, "exits": exits},
                     outcome=Outcome("failed", 1, cause, root),
                 )
             ]

@@ -327,7 +327,7 @@ class Supervisor:
     def _restarting(self, action: Action) -> None:
         assert action.outcome is not None
         cause, restart = action.message["cause"], action.message["restart"]
-        self.run.event("attempt-failed", attempt=self.gang.attempt - 1, cause=cause)
+        self.run.event("attempt-failed", attempt=self.gang.attempt - 1, cause=cause, exits=action.message["exits"])
         self._record_failure(action.outcome)
         self._say(f"{cause}; restarting ({restart} of {self.run.spec.max_restarts})")
 
@@ -359,7 +359,14 @@ class Supervisor:
     def _record_outcome(self, outcome: Outcome) -> None:
         if outcome.status == "failed":
             self._record_failure(outcome)
-        self.run.event("end", status=outcome.status, code=outcome.code, cause=outcome.cause, attempt=self.gang.attempt)
+        self.run.event(
+            "end",
+            status=outcome.status,
+            code=outcome.code,
+            cause=outcome.cause,
+            attempt=self.gang.attempt,
+            exits=self.gang.exit_codes(),
+        )
         self.run.set_state(status=outcome.status, exit_code=outcome.code, cause=outcome.cause)
 
     def _put_down(self) -> None:

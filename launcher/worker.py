@@ -1,8 +1,9 @@
 """One rank, after the fork: make the process what a fresh interpreter would be, then run the program in it.
 
 What cannot be the same as in a fresh interpreter: variables that torch and its libraries read while they are imported
-(they were read once, in the zygote), and the hash seed (shared by the ranks of a node). numpy's OpenBLAS is loaded
-with one thread, since it would start its pool before the fork; the rank's own number is set here.
+(they were read once, in the zygote); the hash seed (shared by the ranks of a node); four frames of ours below the
+program's first one, which tracebacks of uncaught exceptions do not show but `inspect.stack()` does. numpy's OpenBLAS is
+loaded with one thread, since it would start its pool before the fork; the rank's own number is set here.
 """
 
 from __future__ import annotations
@@ -168,6 +169,8 @@ def _run_python(kind: str, target: str, args: list[str], python: str, environmen
     sys.argv = [target, *args]
     path = target if target.startswith("/") else f"{Path.cwd()}/{target}"  # . and .. stay
     sys.orig_argv = [python, *(["-m"] if kind == "module" else []), target, *args]
+    code = 0
+    failure: BaseException | None = None
     try:
         if kind == "module":
             if not safe_path:
@@ -191,14 +194,38 @@ def _run_python(kind: str, target: str, args: list[str], python: str, environmen
         trace = error.__traceback__
         while trace is not None and trace.tb_frame.f_globals is not main.__dict__:
             trace = trace.tb_next
-        error = error.with_traceback(trace or error.__traceback__)
+        failure = error.with_traceback(trace or error.__traceback__)
+    if failure is not None:  # not inside the except, where it would become the context of what a failing hook raises
         if error_file:
-            _write_error(error_file, error)
-        sys.excepthook(type(error), error, error.__traceback__)
-        code = -signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
-    else:
-        code = 0
+            _write_error(error_file, failure)
+        code = _show(failure)
     _finish(code, main, preloaded)
+
+
+def _show(error: BaseException) -> int:
+    """What the interpreter does with an exception that nobody caught; returns the exit code."""
+    trace = error.__traceback__
+    sys.last_type, sys.last_value, sys.last_traceback = type(error), error, trace
+    if sys.version_info >= (3, 12):
+        sys.last_exc = error
+    hook_error: BaseException | None = None
+    try:
+        sys.excepthook(type(error), error, trace)
+    except SystemExit as leaving:
+        return _exit_code(leaving)
+    except BaseException as broken:
+        hook_error = broken
+    if hook_error is not None:
+        trace = hook_error.__traceback__
+        _print_error("Error in sys.excepthook:", hook_error.with_traceback(trace and trace.tb_next))
+        _print_error("\nOriginal exception was:", error)
+    return -signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
+
+
+def _print_error(title: str, error: BaseException) -> None:
+    if sys.stderr is not None:
+        sys.stderr.write(title + "\n")
+        sys.__excepthook__(type(error), error, error.__traceback__)
 
 
 def _exit_code(leaving: SystemExit) -> int:
@@ -207,7 +234,9 @@ def _exit_code(leaving: SystemExit) -> int:
         return 0
     if isinstance(leaving.code, int):
         return leaving.code & 0xFF
-    if sys.stderr is not None:
+    if sys.stderr is None:
+        os.write(2, f"{leaving.code}\n".encode(errors="backslashreplace"))
+    else:
         sys.stderr.write(f"{leaving.code}\n")
     return 1
 
@@ -239,10 +268,12 @@ def _finish(code: int, main: types.ModuleType, preloaded: set[str]) -> NoReturn:
 def _flush() -> bool:
     flushed = True
     for stream in (sys.stdout, sys.stderr):
+        if stream is None or getattr(stream, "closed", False):
+            continue
         try:
             stream.flush()
-        except (OSError, ValueError, AttributeError):  # noqa: PERF203
-            flushed = False
+        except Exception:  # whatever object the program put there
+            flushed = flushed and stream is not sys.stdout
     return flushed
 
 
@@ -250,7 +281,10 @@ def _write_error(path: str, error: BaseException) -> None:
     """The record that the agent reads, in the shape of torch's `@record`, at the moment of the exception."""
     now = time.monotonic_ns()
     lines = traceback.format_exception(type(error), error, error.__traceback__)
-    said = f"{type(error).__name__}: {error}"
+    try:
+        said = f"{type(error).__name__}: {error}"
+    except Exception:  # the program's own __str__ is at fault, and is not what failed
+        said = f"{type(error).__name__}: <its str() failed>"
     record = {
         "message": {
             "message": said,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -130,3 +131,28 @@ def test_what_the_environment_holds(launch, programs: Path, tmp_path: Path) -> N
         assert varies <= environment.keys()
     assert found["--preload"]["seen"]["main"] == found["--no-preload"]["seen"]["main"]
     assert found["--preload"]["seen"]["orig_argv"] == found["--no-preload"]["seen"]["orig_argv"]
+
+
+def test_every_way_to_end(launch, programs: Path) -> None:
+    """Exit code and last words of each ending are those of the plain interpreter."""
+    listing = subprocess.run(
+        [_PYTHON, "-c", "import endings; print(*endings.ENDINGS)"], cwd=programs, capture_output=True, text=True
+    )
+    endings = listing.stdout.split()
+    script = str(programs / "endings.py")
+    job = launch("--procs", str(len(endings)), "--preload", "json", script, "all", unset=("PYTHONUNBUFFERED",))
+    codes = {
+        rank: int(code)
+        for code, ranks in job.run.events[-1]["exits"].items()
+        for rank in ranks
+    }  # fmt: skip
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    for rank, ending in enumerate(endings):
+        plain = subprocess.run(
+            [_PYTHON, script, ending], cwd=launch.cwd, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+            env=environment, timeout=30,
+        )  # fmt: skip
+        got, wanted = job.run.log(rank), plain.stdout + plain.stderr
+        address = re.compile(r"0x[0-9a-f]+")
+        assert sorted(address.sub("@", got).splitlines()) == sorted(address.sub("@", wanted).splitlines()), ending
+        assert codes[rank] == plain.returncode, ending

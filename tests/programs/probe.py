@@ -90,7 +90,8 @@ def main():
     libraries = {"torch", "numpy"} & set(sys.modules)
     seen = {
         "main": of_main(), "argv": sys.argv, "orig_argv": sys.orig_argv, "path": sys.path, "flags": repr(sys.flags),
-        "executable": sys.executable, "prefix": [sys.prefix, sys.exec_prefix, sys.base_prefix], "cwd": os.getcwd(),
+        "executable": sys.executable,
+        "prefix": [sys.prefix, sys.exec_prefix, sys.base_prefix], "cwd": str(Path.cwd()),
         "warnoptions": sys.warnoptions, "xoptions": sys._xoptions, "prog": parser.prog, "usage": parser.format_usage(),
         "dont_write_bytecode": sys.dont_write_bytecode, "recursion": sys.getrecursionlimit(),
         "switch": sys.getswitchinterval(), "gc": __import__("gc").isenabled(),
@@ -102,7 +103,8 @@ def main():
         "dunder_streams": [getattr(sys, n) is getattr(sys, f"__{n}__") for n in ("stdin", "stdout", "stderr")],
         "excepthook": sys.excepthook is sys.__excepthook__, "displayhook": sys.displayhook is sys.__displayhook__,
         "wakeup": signal.set_wakeup_fd(-1), "timer": signal.getitimer(signal.ITIMER_REAL),
-        "threads": [threading.active_count(), threading.current_thread().name, len(list(Path("/proc/self/task").iterdir()))],
+        "threads": [threading.active_count(), threading.current_thread().name],
+        "tasks": len(list(Path("/proc/self/task").iterdir())),
         "main_thread": threading.main_thread() is threading.current_thread(),
         "native": threading.get_native_id() == os.getpid() and threading.main_thread().native_id == os.getpid(),
         "process": [multiprocessing.current_process().name, multiprocessing.parent_process() is None,
@@ -110,7 +112,8 @@ def main():
         "launcher_loaded": [m for m in sys.modules if m.split(".")[0] == "launcher"],
         "source": inspect.getsource(Thing).splitlines()[0], "where": inspect.getsourcefile(Thing),
         "pickle": pickle.loads(pickle.dumps(Thing(5))).value, "qualified": Thing.__module__,
-        "locale": __import__("locale").setlocale(0), "encoding": [sys.getfilesystemencoding(), sys.getdefaultencoding()],
+        "locale": __import__("locale").setlocale(0),
+        "encoding": [sys.getfilesystemencoding(), sys.getdefaultencoding()],
         "faulthandler": __import__("faulthandler").is_enabled(),
         "trace": [sys.gettrace() is None, sys.getprofile() is None],
         "tz": __import__("time").tzname,
@@ -118,7 +121,8 @@ def main():
     own = {
         "random": random.random(), "authkey": multiprocessing.current_process().authkey.hex(), "pid": os.getpid(),
         "session": os.getsid(0) == os.getpid(),
-        "temp": __import__("tempfile").mktemp(), "uuid": str(__import__("uuid").uuid4()), "environment": dict(os.environ),
+        "temp": __import__("tempfile").mktemp(),
+        "uuid": str(__import__("uuid").uuid4()), "environment": dict(os.environ),
         "loaded": sorted(libraries),
     }  # fmt: skip
     if options.processes and os.environ["RANK"] == "1":
