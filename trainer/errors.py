@@ -55,7 +55,14 @@ class CheckpointDamagedError(CheckpointError):
 
 
 class CheckpointWriteError(CheckpointError):
-    """A checkpoint could not be made durable. The ones before it are untouched."""
+    """A checkpoint could not be made durable. The ones before it are untouched.
+
+    disk_full: the store has no space left; training can go on, and the next save tries again.
+    """
+
+    def __init__(self, message: str, *, disk_full: bool = False) -> None:
+        super().__init__(message)
+        self.disk_full = disk_full
 
 
 class DistributedError(TrainerError):

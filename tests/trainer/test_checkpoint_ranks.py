@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from trainer.checkpoint import Store
-from trainer.checkpoint.reader import open_checkpoint
+from trainer.checkpoint.catalog import open_checkpoint
 
 
 def _lines(results, word):

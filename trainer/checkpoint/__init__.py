@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from trainer.checkpoint.file import load_checkpoint, load_file, save_file
 from trainer.checkpoint.manifest import Manifest
+from trainer.checkpoint.retention import Retention
 from trainer.checkpoint.store import Loaded, Saved, Store
 
-__all__ = ["Loaded", "Manifest", "Saved", "Store", "load_checkpoint", "load_file", "save_file"]
+__all__ = ["Loaded", "Manifest", "Retention", "Saved", "Store", "load_checkpoint", "load_file", "save_file"]

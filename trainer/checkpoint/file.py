@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trainer.checkpoint import reader
+from trainer.checkpoint import catalog
 from trainer.checkpoint.folder import Folder
 from trainer.checkpoint.values import encode, is_dtensor
 from trainer.errors import CheckpointDamagedError, CheckpointError, CheckpointNotFoundError
@@ -72,7 +72,7 @@ def load_checkpoint(
 
     place = Folder.at(path)
     if place.fs.isdir(place.path):
-        checkpoint = reader.open_checkpoint(path)
+        checkpoint = catalog.open_checkpoint(path)
         state = Store(checkpoint.folder.parent.parent.path).load(checkpoint.path).state
     else:
         state = load_file(path, map_location=map_location or "cpu", weights_only=weights_only)

@@ -1,4 +1,4 @@
-"""Finding checkpoints, and reading just the needed parts of one, every byte verified on the way."""
+"""Reading just the needed parts of a checkpoint, every byte verified on the way."""
 
 from __future__ import annotations
 
@@ -11,99 +11,27 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trainer.checkpoint.folder import Folder
 from trainer.checkpoint.manifest import (
     BLOCK,
-    DAMAGED,
-    MANIFEST,
     File,
-    Manifest,
     Piece,
     Record,
-    attempt_time,
     block_checksum,
 )
 from trainer.checkpoint.shards import bytes_of, dtype_of
 from trainer.checkpoint.values import is_dtensor
-from trainer.errors import CheckpointDamagedError, CheckpointError, CheckpointNotFoundError
+from trainer.errors import CheckpointDamagedError, CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
+
+    from trainer.checkpoint.catalog import Checkpoint
+    from trainer.checkpoint.folder import Folder
 
 # Requests in flight: enough to fill a link to an object store, and more than the cores that hash.
 _THREADS = 8
 # Blocks per request: 16 MiB are one good ranged GET.
 _RUN = 16
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A committed checkpoint: where its files lie, and its manifest."""
-
-    folder: Folder
-    manifest: Manifest
-
-    @property
-    def path(self) -> str:
-        """Where it lies, by its name (without the attempt)."""
-        return str(self.folder.parent)
-
-
-# ------------------------------------------------------------------------------------------------ finding
-
-
-def attempts_of(folder: Folder) -> list[Checkpoint]:
-    """The committed, undamaged attempts at one name, newest first."""
-    found = []
-    for name in sorted((n for n in folder.sizes() if attempt_time(n) is not None), reverse=True):
-        checkpoint = read_manifest(folder / name)
-        if checkpoint is not None:
-            found.append(checkpoint)
-    return found
-
-
-def read_manifest(folder: Folder) -> Checkpoint | None:
-    """The checkpoint in an attempt's folder; None if it is not committed, or is set aside as damaged."""
-    files = folder.sizes()
-    if MANIFEST not in files or DAMAGED in files:
-        return None
-    try:
-        return Checkpoint(folder, Manifest.parse(folder.read(MANIFEST), f"{folder}/{MANIFEST}"))
-    except (CheckpointDamagedError, FileNotFoundError):
-        return None
-
-
-def checkpoints_in(store: Folder) -> list[Checkpoint]:
-    """The committed, undamaged checkpoints of a store, newest first: by step, then by time. One per name."""
-    names = [name for name, size in store.sizes().items() if size < 0]
-    with ThreadPoolExecutor(_THREADS) as pool:
-        found = [attempts[0] for attempts in pool.map(lambda name: attempts_of(store / name), names) if attempts]
-    return sorted(found, key=lambda c: (c.manifest.step, c.manifest.created), reverse=True)
-
-
-def open_checkpoint(url: str | os.PathLike[str]) -> Checkpoint:
-    """The checkpoint at `<store>/<name>`, `<store>/<name>/<attempt>`, or the newest of a whole store.
-
-    Raises:
-        CheckpointNotFoundError: there is none.
-        CheckpointError: a newer version wrote it.
-    """
-    folder = Folder.at(url)
-    if folder.name == MANIFEST:
-        folder = folder.parent
-    found = read_manifest(folder)
-    if found is None:
-        candidates = attempts_of(folder) or checkpoints_in(folder)
-        if not candidates:
-            raise CheckpointNotFoundError(
-                f"There is no whole checkpoint at {folder}: neither a manifest, nor folders with one. A save that was "
-                "interrupted leaves files without a manifest, which are not a checkpoint."
-            )
-        found = candidates[0]
-    return found
-
-
-# ------------------------------------------------------------------------------------------------ reading
 
 
 @dataclass
@@ -249,7 +177,8 @@ class Reading:
             return
         staged = torch.empty((source[0].stop - source[0].start, *piece.size[1:]), dtype=result.dtype)
         self._request(rank, begin, end, staged)
-        self._afterwards.append(lambda: target.copy_(staged[(slice(None),) + source[1:]]))
+        columns = (slice(None), *source[1:])
+        self._afterwards.append(lambda: target.copy_(staged[columns]))
 
     def _request(self, rank: int, begin: int, end: int, target: torch.Tensor) -> None:
         if begin < end:

@@ -5,27 +5,32 @@ from __future__ import annotations
 import os
 import platform
 import time
-from dataclasses import dataclass, field
+import warnings
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from trainer.checkpoint import reader
+from trainer.checkpoint import catalog, job, reader
+from trainer.checkpoint.catalog import Checkpoint
 from trainer.checkpoint.folder import Folder
+from trainer.checkpoint.job import Commit, Job, Outcome
 from trainer.checkpoint.manifest import DAMAGED, Manifest, Record, new_attempt
 from trainer.checkpoint.plan import Part, outline, parts_of_rank, structure
-from trainer.checkpoint.reader import Checkpoint, Contents, Reading
+from trainer.checkpoint.reader import Contents, Reading
 from trainer.checkpoint.shards import Layout, bytes_of, lay_out
+from trainer.checkpoint.snapshot import Snapshot, available_memory, has_memory
 from trainer.checkpoint.values import Json, decode, encode, is_dtensor
-from trainer.checkpoint.writing import commit, cut_into_blocks, write_part
+from trainer.checkpoint.writer import ProcessWriter, ThreadWriter
+from trainer.checkpoint.writing import cut_into_blocks
 from trainer.errors import CheckpointDamagedError, CheckpointError, CheckpointWriteError
 from trainer.ranks import rank_zero_warn
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from types import TracebackType
 
-# How long rank 0 waits for the records of the others once its own is written.
-_COMMIT_TIMEOUT_S = 1800.0
+    from trainer.checkpoint.retention import Retention
 
 
 class Ranks(Protocol):
@@ -61,11 +66,26 @@ class _Alone:
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint that is durable."""
+    """A save that was begun. It is durable when `Store.save(wait=True)` or `Store.wait()` returned, or `poll` gave it.
+
+    stall_s: how long training stood still for it. seconds: until it was durable; None as long as that is not known.
+    """
 
     path: str
     name: str
     step: int
+    stall_s: float
+    seconds: float | None = None
+
+
+@dataclass
+class _Pending:
+    """The save in the background. told: `poll` has said how it went."""
+
+    saved: Saved
+    began: float
+    writer: ThreadWriter | ProcessWriter
+    told: bool = False
 
 
 @dataclass(frozen=True)
@@ -88,14 +108,35 @@ class Store:
 
     A checkpoint is `<url>/<name>`; it exists from the moment its manifest is written, which is after everything else
     is durable, and its files are never changed. Saving a name again makes a new attempt, which replaces the older one
-    only when it is durable.
+    only when it is durable. One run at a time writes to a store: what earlier attempts left uncommitted is removed
+    after the first save.
+
+    retention: what is removed after a save is durable; None: nothing.
+
+    Close it, or use it in `with`: a save in the background has a process of its own, which ends then.
     """
 
-    def __init__(self, url: str | os.PathLike[str], world: Ranks | None = None) -> None:
+    def __init__(
+        self, url: str | os.PathLike[str], world: Ranks | None = None, *, retention: Retention | None = None
+    ) -> None:
         self.folder = Folder.at(url)
         self.world: Ranks = world if world is not None else _Alone()
-        if self.world.size > 1 and "memory" in _protocols(self.folder):
+        self.retention = retention
+        self._opened: float | None = time.time()
+        self._snapshot = Snapshot()
+        in_this_process = "memory" in _protocols(self.folder)
+        if self.world.size > 1 and in_this_process:
             raise CheckpointError("memory:// lives in one process: a store for several ranks needs one they all reach.")
+        self._writer: ThreadWriter | ProcessWriter = ThreadWriter() if in_this_process else ProcessWriter()
+        self._pending: _Pending | None = None
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
     # ------------------------------------------------------------------------------------------------ save
 
@@ -107,36 +148,142 @@ class Store:
         name: str | None = None,
         rank_state: Mapping[str, Any] | None = None,
         extra: Mapping[str, Any] | None = None,
+        wait: bool = True,
     ) -> Saved:
-        """Save a state; every rank calls it. On return it is durable and committed.
+        """Save a state; every rank calls it.
 
         state: what all ranks share: plain values (rank 0's are taken), tensors that every rank has alike (written
         once, the ranks share the work), and DTensors (each rank writes its shard). rank_state: this rank's own.
         extra: JSON for the manifest, such as metrics. name: the folder's, default `step-<step>`.
 
+        wait=True returns when the checkpoint is committed. wait=False returns when the state is copied, so that
+        training may change it; a process of its own writes it. `poll` and `wait` tell when it is durable. If the save
+        before it is still being written, that is awaited first. A rank without memory for the copy writes at once,
+        with a warning.
+
         Raises:
             CheckpointError: the state holds something that cannot be written, or the ranks' states do not fit
                 together; on every rank, before anything is written.
-            CheckpointWriteError: the store failed; on every rank. What was there before is untouched.
+            CheckpointWriteError: the store failed in this save, or in the one before it; on every rank. What was there
+                before is untouched, and the next save starts anew.
         """
+        began = time.monotonic()
+        self.wait()
         name = name if name is not None else f"step-{step:012d}"
         _check_name(name)
         attempt, prepared = self._agree(lambda: _prepare(state, rank_state or {}, self.world))
-        folder = self.folder / name / attempt
-        manifest = Manifest(
+        task = self._job(prepared.record, Manifest(
             name, attempt, step, self.world.size, (), time.time(), dict(extra or {}),
             {"python": platform.python_version(), "torch": torch.__version__},
-        )  # fmt: skip
-        failure = _failure(lambda: write_part(folder, prepared.record, cut_into_blocks(prepared.views())))
-        self._raise_if_any(failure, folder)
-        failure = None
+        ))  # fmt: skip
+        path = str(self.folder / name)
+        if wait:
+            self._settle(job.write(task, prepared.blocks()), lambda: job.finish(task), path)
+            seconds = time.monotonic() - began
+            return Saved(path, name, step, seconds, seconds)
+        writer = self._start(task, prepared)
+        saved = Saved(path, name, step, time.monotonic() - began)
+        self._pending = _Pending(saved, began, writer)
+        return saved
+
+    def poll(self) -> Saved | None:
+        """The save in the background if it has become durable since (on ranks other than 0: its part has); else None.
+
+        Never waits, and asks no other rank: for every step.
+
+        Raises:
+            CheckpointWriteError: it failed on this rank. That the store is full is a warning only, given once.
+        """
+        pending = self._pending
+        if pending is None or pending.told:
+            return None
+        outcome = pending.writer.stage(1, 0)
+        if outcome is None:
+            return None
+        pending.told = True
+        if outcome.failure is None:
+            return replace(pending.saved, seconds=time.monotonic() - pending.began)
+        if not outcome.disk_full:
+            raise CheckpointWriteError(f"The checkpoint {pending.saved.path} was not written: {outcome.failure}")
+        warnings.warn(_disk_full(pending.saved.path, outcome.failure), stacklevel=2)
+        return None
+
+    def wait(self) -> None:
+        """Wait until the save in the background is committed; every rank calls it. Without one, nothing.
+
+        Raises:
+            CheckpointWriteError: it failed, on any rank. That the store is full is a warning only.
+        """
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        written = pending.writer.stage(0, None)
+        assert written is not None
+        try:
+            self._settle(written, lambda: pending.writer.stage(1, None) or Outcome(), pending.saved.path)
+        except CheckpointWriteError as error:
+            pending.writer.abandon()
+            if not error.disk_full:
+                raise
+            if not pending.told:
+                rank_zero_warn(_disk_full(pending.saved.path, str(error)))
+
+    def close(self) -> None:
+        """Wait for what this rank writes, and let its process and memory go. Asks no other rank."""
+        if self._pending is not None:
+            self._pending.writer.close()
+            self._pending = None
+        self._writer.close()
+        self._snapshot.close()
+
+    def _job(self, record: Record, manifest: Manifest) -> Job:
+        commit = None
         if self.world.rank == 0:
-            failure = _failure(lambda: commit(folder, manifest, _COMMIT_TIMEOUT_S))
-        if (failure := self.world.broadcast(failure)) is not None:
-            raise CheckpointWriteError(failure)
-        if self.world.rank == 0:
-            _remove_older_attempts(self.folder / name, attempt)
-        return Saved(str(self.folder / name), name, step)
+            commit = Commit(self.folder, manifest, self.retention, self._opened)
+            self._opened = None
+        return Job(self.folder / manifest.name / manifest.attempt, record, commit)
+
+    def _start(self, task: Job, prepared: _Prepared) -> ThreadWriter | ProcessWriter:
+        """Copy the state and hand the copy to the writer; or, without memory for it, write right now."""
+        shortage = None
+        growth = self._snapshot.growth(prepared.layout.bytes)
+        if not has_memory(growth):
+            shortage = f"{growth / 2**20:.0f} MiB are needed, {available_memory() / 2**20:.0f} MiB are free"
+        else:
+            try:
+                self._snapshot.fill(prepared.layout, prepared.parts)
+            except OSError as error:
+                shortage = str(error)
+        if shortage is None:
+            self._writer.start(task, self._snapshot)
+            return self._writer
+        warnings.warn(
+            f"Rank {self.world.rank} has no memory for a copy of its state ({shortage}): this checkpoint is written "
+            "while training waits.",
+            stacklevel=3,
+        )
+        self._snapshot.close()
+        writer = ThreadWriter()
+        writer.start_written(task, job.write(task, prepared.blocks()))
+        return writer
+
+    def _settle(self, written: Outcome, finish: Callable[[], Outcome], path: str) -> None:
+        """All ranks learn how all of them fared; then rank 0 commits, or learns that it has."""
+        failed = {rank: o for rank, o in enumerate(self.world.gather(written)) if o.failure is not None}
+        if failed:
+            rank, outcome = next(iter(failed.items()))
+            where = f"rank {rank}: " if self.world.size > 1 else ""
+            full = any(o.disk_full for o in failed.values())
+            raise CheckpointWriteError(
+                f"The checkpoint {path} was not written: {where}{outcome.failure}", disk_full=full
+            )
+        committed = finish() if self.world.rank == 0 else None
+        committed = self.world.broadcast(committed)
+        assert committed is not None
+        if committed.failure is not None:
+            raise CheckpointWriteError(
+                f"The checkpoint {path} was not committed: {committed.failure}", disk_full=committed.disk_full
+            )
 
     def _agree(self, prepare: Any) -> tuple[str, _Prepared]:
         """One exchange: rank 0's attempt name, whether all could prepare, and whether their states fit together."""
@@ -166,27 +313,19 @@ class Store:
                     "belongs into rank_state."
                 )
 
-    def _raise_if_any(self, failure: str | None, folder: Folder) -> None:
-        failures = {rank: f for rank, f in enumerate(self.world.gather(failure)) if f is not None}
-        if failures:
-            ranks = ", ".join(map(str, failures))
-            raise CheckpointWriteError(
-                f"The checkpoint {folder.parent} was not written: rank {ranks}: {next(iter(failures.values()))}"
-            )
-
     # ------------------------------------------------------------------------------------------------ load
 
     def newest(self) -> Manifest | None:
         """The newest committed checkpoint, by step, then by time; the same on every rank."""
         found = None
         if self.world.rank == 0:
-            found = next(iter(reader.checkpoints_in(self.folder)), None)
+            found = next(iter(catalog.checkpoints_in(self.folder)), None)
         manifest: Manifest | None = self.world.broadcast(found and found.manifest)
         return manifest
 
     def list(self) -> list[Manifest]:
         """The committed checkpoints, newest first; the same on every rank."""
-        found = [c.manifest for c in reader.checkpoints_in(self.folder)] if self.world.rank == 0 else None
+        found = [c.manifest for c in catalog.checkpoints_in(self.folder)] if self.world.rank == 0 else None
         manifests: list[Manifest] = self.world.broadcast(found)
         return manifests
 
@@ -240,9 +379,8 @@ class Store:
         _check_name(name)
         if self.world.rank == 0:
             folder = self.folder / name
-            for checkpoint in reader.attempts_of(folder):
-                # First the manifest: whoever looks in the meantime sees no checkpoint rather than half of one.
-                checkpoint.folder.remove("manifest.json")
+            for checkpoint in catalog.attempts_of(folder):
+                catalog.remove_attempt(checkpoint.folder)
             folder.remove_all()
 
     def _open(self, which: Manifest | str | os.PathLike[str]) -> Checkpoint:
@@ -250,7 +388,7 @@ class Store:
             return Checkpoint(self.folder / which.name / which.attempt, which)
         text = os.fspath(which)
         inside = "/" not in text and bool((self.folder / text).sizes())
-        return reader.open_checkpoint(str(self.folder / text) if inside else text)
+        return catalog.open_checkpoint(str(self.folder / text) if inside else text)
 
     def _set_aside(self, manifest: Manifest, why: str) -> None:
         if self.world.rank == 0:
@@ -269,8 +407,11 @@ class _Prepared:
     structure: str
     outline: list[str] = field(repr=False)
 
-    def views(self) -> Iterator[memoryview]:
-        """The bytes of the shard, in order."""
+    def blocks(self) -> Iterator[memoryview]:
+        """The bytes of the shard, straight from the tensors, cut at the blocks that are checksummed."""
+        return cut_into_blocks(self._views()) if self.layout.pieces else iter(())
+
+    def _views(self) -> Iterator[memoryview]:
         yield memoryview(self.layout.header)
         by_key = {part.key: part.data for part in self.parts}
         for piece in self.layout.pieces:
@@ -351,20 +492,8 @@ def _of(tensors: Mapping[str, torch.Tensor], key: str, checkpoint: Checkpoint) -
         raise CheckpointDamagedError(f"{checkpoint.path} is damaged: no shard holds {key}.") from None
 
 
-def _failure(act: Any) -> str | None:
-    """What went wrong, in words that can be sent to other ranks; a file system may raise anything."""
-    try:
-        act()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return None
-
-
-def _remove_older_attempts(folder: Folder, newest: str) -> None:
-    for checkpoint in reader.attempts_of(folder):
-        if checkpoint.manifest.attempt < newest:
-            checkpoint.folder.remove("manifest.json")
-            checkpoint.folder.remove_all()
+def _disk_full(path: str, why: str) -> str:
+    return f"The checkpoint {path} was not written, because the store is full ({why}). Training goes on without it."
 
 
 def _check_name(name: str) -> None:

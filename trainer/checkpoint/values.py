@@ -92,10 +92,10 @@ def is_dtensor(value: Any) -> bool:
 
 def _encode(value: Any, path: tuple[str, ...], add: Callable[[tuple[str, ...], torch.Tensor], str]) -> Json:
     kind = type(value)
-    if value is None or kind in (bool, int, str):
-        return value
+    if value is None or kind in (bool, int, str) or (kind is float and math.isfinite(value)):
+        return value  # type: ignore[no-any-return]
     if kind is float:
-        return value if math.isfinite(value) else {"$float": str(value)}  # type: ignore[no-any-return]
+        return {"$float": str(value)}
     if isinstance(value, torch.Tensor):
         return _encode_tensor(value, path, add)
     if kind is dict:

@@ -1,0 +1,111 @@
+"""Finding the checkpoints of a store, by their manifests alone, and removing them.
+
+Torch-free: the writer's process imports it.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from trainer.checkpoint.folder import Folder
+from trainer.checkpoint.manifest import DAMAGED, MANIFEST, Manifest, attempt_time
+from trainer.errors import CheckpointDamagedError, CheckpointNotFoundError
+
+if TYPE_CHECKING:
+    import os
+
+_THREADS = 8
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A committed checkpoint: where its files lie, and its manifest."""
+
+    folder: Folder
+    manifest: Manifest
+
+    @property
+    def path(self) -> str:
+        """Where it lies, by its name (without the attempt)."""
+        return str(self.folder.parent)
+
+
+def attempts_of(folder: Folder) -> list[Checkpoint]:
+    """The committed, undamaged attempts at one name, newest first."""
+    found = []
+    for name in sorted((n for n in folder.sizes() if attempt_time(n) is not None), reverse=True):
+        checkpoint = read_manifest(folder / name)
+        if checkpoint is not None:
+            found.append(checkpoint)
+    return found
+
+
+def read_manifest(folder: Folder) -> Checkpoint | None:
+    """The checkpoint in an attempt's folder; None if it is not committed, or is set aside as damaged."""
+    files = folder.sizes()
+    if MANIFEST not in files or DAMAGED in files:
+        return None
+    try:
+        return Checkpoint(folder, Manifest.parse(folder.read(MANIFEST), f"{folder}/{MANIFEST}"))
+    except (CheckpointDamagedError, FileNotFoundError):
+        return None
+
+
+def checkpoints_in(store: Folder) -> list[Checkpoint]:
+    """The committed, undamaged checkpoints of a store, newest first: by step, then by time. One per name."""
+    names = [name for name, size in store.sizes().items() if size < 0]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        found = [attempts[0] for attempts in pool.map(lambda name: attempts_of(store / name), names) if attempts]
+    return sorted(found, key=lambda c: (c.manifest.step, c.manifest.created), reverse=True)
+
+
+def open_checkpoint(url: str | os.PathLike[str]) -> Checkpoint:
+    """The checkpoint at `<store>/<name>`, `<store>/<name>/<attempt>`, or the newest of a whole store.
+
+    Raises:
+        CheckpointNotFoundError: there is none.
+        CheckpointError: a newer version wrote it.
+    """
+    folder = Folder.at(url)
+    if folder.name == MANIFEST:
+        folder = folder.parent
+    found = read_manifest(folder)
+    if found is None:
+        candidates = attempts_of(folder) or checkpoints_in(folder)
+        if not candidates:
+            raise CheckpointNotFoundError(
+                f"There is no whole checkpoint at {folder}: neither a manifest, nor folders with one. A save that was "
+                "interrupted leaves files without a manifest, which are not a checkpoint."
+            )
+        found = candidates[0]
+    return found
+
+
+def is_complete(checkpoint: Checkpoint) -> bool:
+    """Whether all files of a checkpoint are there with the sizes that its manifest states."""
+    sizes = checkpoint.folder.sizes()
+    return all(
+        sizes.get(file.record) == file.record_bytes and sizes.get(file.shard, 0) == file.shard_bytes
+        for file in checkpoint.manifest.files
+    )
+
+
+def remove_attempt(folder: Folder) -> None:
+    """Remove one attempt, and the folder of its name if nothing else is in it."""
+    # First the manifest: whoever looks in the meantime sees no checkpoint rather than half of one.
+    folder.remove(MANIFEST)
+    folder.remove_all()
+    if not folder.parent.sizes():
+        folder.parent.remove_all()
+
+
+def dead_attempts(store: Folder, before: float) -> list[Folder]:
+    """Attempts begun before a time (seconds since 1970) that were never committed."""
+    found = []
+    for name, size in store.sizes().items():
+        if size < 0:
+            attempts = [a for a in (store / name).sizes() if (attempt_time(a) or before) < before]
+            found += [store / name / a for a in attempts if MANIFEST not in (store / name / a).sizes()]
+    return found
