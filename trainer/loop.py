@@ -10,7 +10,7 @@ which hook that was, and a resumed run goes on behind it:
     "batch_end"        on_train_batch_end has run; the step report, validation and what follows are to come
     "validation"       the validation after this batch was broken off by a stop; it is done again
     "validation_end"   the validation is over; plateau schedulers and what follows are to come
-    "epoch_end"        on_train_epoch_end has run; the epoch's report and what follows are to come
+    "epoch_end"        on_train_epoch_end has run; plateau schedulers and the next epoch are to come
 """
 
 from __future__ import annotations
@@ -186,6 +186,8 @@ def train_epoch(run: Fit) -> None:
     for batch in batches if look_ahead is None else look_ahead:
         is_last = state.batch + 1 == limit if look_ahead is None else look_ahead.is_last
         stepped = train_batch(batch, state.batch, is_last)
+        if stepped is None:
+            break  # on_train_batch_start asked to skip the rest of the epoch
         if page is not None:
             page.pack_step(page.buffer, 8, state.global_step, TRAIN, state.epoch, time.monotonic_ns())
         # Almost every batch ends here: nothing is reported, validated or broken off after it.
@@ -195,8 +197,6 @@ def train_epoch(run: Fit) -> None:
             state.logger_step += stepped
             state.resume_at = ""
             continue
-        if stepped is None:
-            break  # on_train_batch_start asked to skip the rest of the epoch
         if after_batch(run, is_last) or is_last:
             break
         if stepped and agreement.stop_here((state.batches << 32) + LAST):
@@ -501,18 +501,19 @@ def end_epoch(run: Fit) -> None:
     """Hooks, schedulers and the report at the end of an epoch."""
     trainer, state, hooks, metrics = run.trainer, run.state, run.hooks, run.metrics
     metrics.batch = metrics.feed = None
-    metrics.epoch_report()
     if state.resume_at != "epoch_end":
+        metrics.epoch_report()
         metrics.hook = "on_train_epoch_end"
         if hooks.on_train_epoch_end is not None:
             hooks.on_train_epoch_end()
             metrics.epoch_report(("on_train_epoch_end",))
+        # Before the callbacks that may save, so that the row is written once however often the run is resumed.
+        trainer.report_epoch()
         state.resume_at = "epoch_end"
         if hooks.on_train_epoch_end_monitoring is not None:
             hooks.on_train_epoch_end_monitoring()
     if run.schedulers and state.batch >= run.batches_per_epoch:
         step_schedulers(run, "epoch", plateau=True)
-    trainer.report_epoch()
     metrics.reset()
     state.epoch += 1
     state.batch = 0

@@ -66,17 +66,28 @@ class Entry:
         "sync_epoch", "sync_step", "total", "weight",
     )  # fmt: skip
 
-    def __init__(self, hook: str, name: str, dataloader_idx: int | None, label: str, options: tuple[Any, ...]) -> None:
+    def __init__(
+        self,
+        hook: str,
+        name: str,
+        dataloader_idx: int | None,
+        label: str,
+        options: tuple[Any, ...],
+        *,
+        double: bool = False,
+    ) -> None:
         self.hook = hook
         self.name = name
         self.dataloader_idx = dataloader_idx
         self.label = label
         self.options = options
+        self.prog_bar, self.logger, self.on_step, self.on_epoch, self.reduce, sync, self.add_suffix, zero_only = options
+        self.rank_zero_only = zero_only
+        self.sync_epoch = not zero_only and sync is not False
+        self.sync_step = not zero_only and bool(sync)
+        self.dtype = torch.float64 if double else torch.float32
+        # The torchmetrics object, which reduces by itself.
         self.metric: Any = None
-        self.dtype = torch.float32
-        self.reduce = "mean"
-        self.on_step = self.on_epoch = self.prog_bar = self.logger = self.add_suffix = True
-        self.sync_step = self.sync_epoch = self.rank_zero_only = False
         self.reset()
 
     def reset(self) -> None:
@@ -123,8 +134,9 @@ class Metrics:
     reduce. `callback_metrics`, `logged_metrics` and `progress_bar_metrics` are made when somebody reads them.
     """
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, module: torch.nn.Module) -> None:
         self.world = world
+        self._module = module
         self.hook: str | None = None
         self.dataloader_idx: int | None = None
         self.batch: Any = None
@@ -136,7 +148,6 @@ class Metrics:
         self._entries: dict[tuple[Any, ...], Entry] = {}
         self._sections: dict[str, dict[tuple[Any, ...], Entry]] = {"train": self._entries}
         self._section = "train"
-        self._restored: dict[str, dict[str, Any]] = {}
         self._unread = False
         self._callback: dict[str, Tensor] = {}
         self._logged: dict[str, Tensor] = {}
@@ -258,38 +269,26 @@ class Metrics:
         if not by_step and not by_epoch:
             raise LoggingError(f"self.log({name!r}, on_step=False, on_epoch=False) would never be reported.")
         label = f"{hook}:{name}" if dataloader_idx is None or not add_idx else f"{hook}:{name}:{dataloader_idx}"
-        if not add_idx:
-            # One entry for all loaders, under one name; the user promises that the name says which loader it is.
-            dataloader_idx = None
+        options = (prog_bar, logger is None or bool(logger), by_step, by_epoch, reduce, sync, add_idx, zero_only)
         for known in self._entries.values():
             if known.label == label:
-                if known.options == key[3:]:
-                    self._entries[key] = known
-                    return known
-                raise LoggingError(
-                    f"self.log({name!r}, ...) was called twice in {hook}() with different arguments. Use one set of "
-                    "arguments, or two names."
-                )
-        entry = Entry(hook, name, dataloader_idx, label, key[3:])
-        if isinstance(value, Tensor):
-            entry.dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
-        elif isinstance(value, numbers.Number):
-            entry.dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
-        elif hasattr(value, "_forward_cache") and hasattr(value, "compute"):
-            entry.metric = value
-        else:
+                if known.options != options:
+                    raise LoggingError(
+                        f"self.log({name!r}, ...) was called twice in {hook}() with different arguments. Use one set "
+                        "of arguments, or two names."
+                    )
+                self._entries[key] = known
+                return known
+        is_metric = hasattr(value, "_forward_cache") and hasattr(value, "compute")
+        if not is_metric and not isinstance(value, (Tensor, numbers.Number)):
             raise LoggingError(
                 f"self.log({name!r}, ...) was given a {type(value).__name__}. Allowed: a number, a tensor of one "
                 "element, a torchmetrics object. For a dict use self.log_dict()."
             )
-        entry.on_step, entry.on_epoch = by_step, by_epoch
-        entry.prog_bar, entry.logger, entry.add_suffix = prog_bar, logger is None or bool(logger), add_idx
-        entry.reduce = reduce
-        entry.rank_zero_only = zero_only
-        entry.sync_epoch = not zero_only and sync is not False and entry.metric is None
-        entry.sync_step = not zero_only and bool(sync) and entry.metric is None
-        entry.reset()
-        self._restore(entry)
+        double = (value.dtype if isinstance(value, Tensor) else torch.get_default_dtype()) == torch.float64
+        # With add_dataloader_idx=False one entry serves all loaders; the user's name says which one it is.
+        entry = Entry(hook, name, dataloader_idx if add_idx else None, label, options, double=double)
+        entry.metric = value if is_metric else None
         self._entries[key] = entry
         if by_step and not self.training:
             self.logs_evaluation_steps = True
@@ -335,7 +334,7 @@ class Metrics:
         entries = [e for e in self._distinct() if e.on_step and e.seen and e.last is not None]
         values = _to_floats([e.last for e in entries])
         if self.world.size > 1:
-            synced = [i for i, e in enumerate(entries) if e.sync_step]
+            synced = [i for i, e in enumerate(entries) if e.sync_step and e.metric is None]
             if self._steps_are_synced is not False:
                 means = self._means_over_ranks([entries[i] for i in synced], [values[i] for i in synced])
                 for i, mean in zip(synced, means, strict=True):
@@ -478,23 +477,38 @@ class Metrics:
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's half-finished training epoch, and what callbacks could read."""
-        entries = {}
+        entries = []
         for entry in {id(e): e for e in self._sections["train"].values()}.values():
-            if entry.seen and entry.metric is None:
-                entry.drain()
-                last = _to_floats([entry.last])[0] if entry.last is not None else None
-                entries[entry.label] = {"last": last, "total": entry.total, "weight": entry.weight}
+            if not entry.seen or (entry.metric is not None and self._path_of(entry.metric) is None):
+                continue
+            entry.drain()
+            entries.append({
+                "hook": entry.hook, "name": entry.name, "label": entry.label, "options": list(entry.options),
+                "double": entry.dtype == torch.float64, "total": entry.total, "weight": entry.weight,
+                "last": None if entry.last is None else _to_floats([entry.last])[0],
+                "metric": None if entry.metric is None else self._path_of(entry.metric),
+            })  # fmt: skip
         return {"entries": entries, "callback": dict(self.callback_metrics)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict`; an entry takes its part when its name is logged again."""
-        self._restored = {k: dict(v) for k, v in state["entries"].items()}
+        """Go on from `state_dict`."""
+        section = self._sections["train"]
+        metrics = dict(self._module.named_modules())
+        for saved in state["entries"]:
+            entry = Entry(
+                saved["hook"], saved["name"], None, saved["label"], tuple(saved["options"]), double=saved["double"]
+            )
+            if saved["metric"] is not None:
+                entry.metric = metrics.get(saved["metric"])
+                if entry.metric is None:
+                    continue
+            entry.seen = True
+            entry.last, entry.total, entry.weight = saved["last"], saved["total"], saved["weight"]
+            section["resumed", entry.label] = entry
         self._callback = dict(state["callback"])
 
-    def _restore(self, entry: Entry) -> None:
-        saved = self._restored.pop(entry.label, None) if self._section == "train" else None
-        if saved is not None and entry.metric is None:
-            entry.last, entry.total, entry.weight = saved["last"], saved["total"], saved["weight"]
+    def _path_of(self, metric: Any) -> str | None:
+        return next((name for name, child in self._module.named_modules() if child is metric), None)
 
 
 def zip_drop(entries: list[Entry], values: list[float], left_out: list[int]) -> tuple[list[Entry], list[float]]:

@@ -134,6 +134,7 @@ def capture(trainer: Trainer, *, weights_only: bool = False) -> tuple[dict[str, 
         shared["lr_schedulers"] = [c.scheduler.state_dict() for c in trainer.lr_scheduler_configs]
         shared["precision"] = trainer.precision_object.state_dict()
         shared["callbacks"] = callback_states(trainer)
+        shared["rows"] = trainer.rows_of_step()
         own = trainer.rank_state()
         for callback in trainer.callbacks:
             callback.on_save_checkpoint(trainer, module, shared)

@@ -171,6 +171,7 @@ class Trainer:
         self._validate_every: float = 0
         self._resumed_rank_state: dict[str, Any] | None = None
         self._last_saved_batches = -1
+        self._rows: list[tuple[int, dict[str, float]]] = []
         self._own_checkpoints: list[str] = []
 
         from trainer import callbacks as callback_module
@@ -358,7 +359,7 @@ class Trainer:
                                 log_dir=self.log_dir)  # fmt: skip
         self._add_model_callbacks(module)
         self._prepare_data(module)
-        self._metrics = Metrics(self.world)
+        self._metrics = Metrics(self.world, module)
         module.__dict__["_metrics"] = None if self.barebones else self._metrics
         for child in module.modules():
             if isinstance(child, Module) and child is not module:
@@ -507,8 +508,7 @@ class Trainer:
             self._log_hyperparameters(module)
         if found is not None:
             restore_training(self, found.state)
-            for logger in self.loggers:
-                logger.resume(self.train_state.logger_step)
+            self._resume_loggers(found.state)
             if self.max_epochs is not None and 0 <= self.max_epochs < self.current_epoch:
                 raise ConfigError(
                     f"The checkpoint has finished {self.current_epoch} epochs, but max_epochs={self.max_epochs}."
@@ -852,16 +852,35 @@ class Trainer:
         if self._metrics.logs_evaluation_steps and (values := self._metrics.evaluation_step_report()):
             self.log_to_loggers(values, index)
 
-    def log_to_loggers(self, values: dict[str, float], step: int | None) -> None:
-        """Write values to every logger. step: None is the current one, or `values["step"]` if it was logged."""
+    def log_to_loggers(self, values: dict[str, float], step: int | None, *, epoch: bool = True) -> None:
+        """Write values to every logger. step: None is the current one, or `values["step"]` if it was logged.
+
+        Rows of the current step are kept until the next one: a checkpoint holds them, because on resume the loggers
+        forget that step, whose later rows will be written again.
+        """
         if not self.loggers or not values:
             return
         if step is None:
             step = int(values.pop("step")) if "step" in values else self.train_state.logger_step
-        values.setdefault("epoch", self.current_epoch)
+        if epoch:
+            values.setdefault("epoch", self.current_epoch)
+        if self._rows and self._rows[0][0] != step:
+            self._rows.clear()
+        self._rows.append((step, dict(values)))
         for logger in self.loggers:
             logger.log_metrics(values, step=step)
             logger.save()
+
+    def rows_of_step(self) -> list[list[Any]]:
+        """What the loggers were given for the current step so far."""
+        return [[step, values] for step, values in self._rows if step == self.train_state.logger_step]
+
+    def _resume_loggers(self, checkpoint: dict[str, Any]) -> None:
+        """Let the loggers forget what an earlier attempt logged after the checkpoint."""
+        for logger in self.loggers:
+            logger.resume(self.train_state.logger_step)
+        for step, values in checkpoint.get("rows", []):
+            self.log_to_loggers(values, step, epoch=False)
 
     # ---------------------------------------------------------------------------------------- checkpoints
 
