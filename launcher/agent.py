@@ -472,7 +472,7 @@ class Node:
             code=report["code"],
             ended_ns=report["ns"],
             asked=asked,
-            log=str(folder / f"rank-{place.rank}.log"),
+            log="" if log is None else str(log.path),
             error=error,
             tail=tail,
             killed_for_memory=report["code"] == -signal.SIGKILL and not asked and _oom_kills() > self._oom_kills,

@@ -34,7 +34,10 @@ _LOST_PEER = re.compile(
 
 @dataclass(frozen=True)
 class RankExit:
-    """How one rank ended. `code`: exit status, or minus the signal's number; `asked`: after we told it to stop."""
+    """How one rank ended. `code`: exit status, or minus the signal's number; `asked`: after we told it to stop.
+
+    log: where its output is; empty if it kept the terminal.
+    """
 
     rank: int
     local_rank: int
@@ -124,7 +127,8 @@ def find_root(exits: Iterable[RankExit]) -> RootCause | None:
     if own:
         first = own[0]
         return RootCause(first, tuple(e.rank for e in failed if e is not first))
-    left = [e for e in ended if e.code in (0, 75) and e.ended_ns < failed[0].failed_ns]
+    # Before anybody was asked to leave. Its peers' exceptions may be older than its end: connections close first.
+    left = [e for e in ended if e.code in (0, 75) and not e.asked]
     if left:
         return RootCause(left[0], tuple(e.rank for e in failed), left_early=True)
     return RootCause(failed[0], tuple(e.rank for e in failed[1:]))
@@ -170,6 +174,8 @@ def render(cause: RootCause, world_size: int) -> str:
     if cause.followers:
         shown = ", ".join(map(str, cause.followers[:16])) + (", ..." if len(cause.followers) > 16 else "")
         lines.append(f"after it failed: rank{'s' if len(cause.followers) > 1 else ''} {shown}")
+    if not ended.log:
+        return "\n".join(lines)  # the program had the terminal, and what it said stands there
     trace = (ended.error or {}).get("traceback") or ""
     if trace.strip():
         lines += ["", *trace.rstrip().splitlines()]
