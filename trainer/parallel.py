@@ -10,11 +10,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from trainer.errors import ConfigError
+from trainer.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
+    from torch.distributed.fsdp import MixedPrecisionPolicy
     from torch.optim import Optimizer
 
     from trainer.distributed import World
@@ -22,25 +23,33 @@ if TYPE_CHECKING:
 
 __all__ = ["DDP", "FSDP", "Parallel", "Single", "make_parallel"]
 
+_STEPS = ("training_step", "validation_step", "test_step", "predict_step")
+
 
 class Parallel:
-    """What every way of running has. `wrap` is called once, with the module on its device, before optimizers exist."""
+    """What every way of running has. `wrap` is called with the module on its device, before optimizers exist."""
 
     name = ""
     sharded = False
 
-    def __init__(self, world: World) -> None:
-        self.world = world
+    def __init__(self) -> None:
+        self.world: World
         self.module: nn.Module
         self.step: Callable[..., Any]
 
-    def wrap(self, module: nn.Module) -> None:
-        """Take the module; afterwards `step` is what to call in place of `module.training_step`."""
+    def wrap(self, module: nn.Module, *, training: bool = True) -> None:
+        """Take the module; afterwards `step` is what to call in place of `module.training_step`.
+
+        training=False: nothing will be stepped, so that no room is made for exchanging gradients.
+        """
         raise NotImplementedError
 
     def no_sync(self) -> AbstractContextManager[Any]:
         """Around all but the last micro-batch of a step: gradients stay on their rank."""
         return nullcontext()
+
+    def prepare_backward(self, loss: Tensor) -> None:
+        """Before each backward of manual optimization, which happens inside of training_step."""
 
     def clip(self, parameters: Iterable[Tensor], value: float, algorithm: str = "norm") -> Tensor | None:
         """Clip gradients in place by total "norm" (returned, before clipping) or by "value"."""
@@ -48,7 +57,12 @@ class Parallel:
         if algorithm == "value":
             torch.nn.utils.clip_grad_value_(tensors, value)
             return None
-        return torch.nn.utils.clip_grad_norm_(tensors, value)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in tensors if p.grad is not None])
+        if hasattr(norm, "full_tensor"):
+            # Over shards its parts are still to be summed: once here, and not again by every product with it.
+            norm = norm.full_tensor()
+        torch.nn.utils.clip_grads_with_norm_(tensors, value, norm)
+        return norm
 
     def module_state(self) -> dict[str, Any]:
         """The module's own state_dict (of DTensors where it is sharded)."""
@@ -59,21 +73,22 @@ class Parallel:
         return self.module.load_state_dict(state, strict=strict)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The optimizer's state_dict."""
+        """The optimizer's state_dict; its parameters are named where they are sharded, else numbered."""
         return optimizer.state_dict()
 
     def load_optimizer_state(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
-        """Load what `optimizer_state` returned."""
-        optimizer.load_state_dict(state)
+        """Load what `optimizer_state` returned, of this or another way of running."""
+        optimizer.load_state_dict(_numbered(state, self.module, optimizer))
 
     def _same_start(self, module: nn.Module) -> None:
         """Rank 0's parameters and buffers on every rank: scripts seed their ranks alike, or not at all."""
         if self.world.size == 1:
             return
-        with torch.no_grad():
-            for tensor in (*module.parameters(), *module.buffers()):
-                if not nn.parameter.is_lazy(tensor):
-                    dist.broadcast(tensor.detach(), src=0)
+        # What DDP does when it is constructed, with its bucket size.
+        from torch.distributed.utils import _sync_module_states
+
+        group = dist.distributed_c10d._get_default_group()
+        _sync_module_states(module, group, 250 * 1024 * 1024, src=0, params_and_buffers_to_ignore=set())
 
 
 class Single(Parallel):
@@ -81,33 +96,45 @@ class Single(Parallel):
 
     name = "single"
 
-    def wrap(self, module: nn.Module) -> None:
+    def wrap(self, module: nn.Module, *, training: bool = True) -> None:  # noqa: ARG002 - it is the same
         self.module = module
         self.step = module.training_step  # type: ignore[assignment]
 
 
 class _Step(nn.Module):
-    """Gives DDP a forward that is the module's training_step, and the parameters in the order in which gradients come.
+    """Gives DDP a forward that is the module's training_step, and the parameters in the order that it should use.
 
-    That is nearly the reverse of the order in which layers were made. The module itself is not registered: DDP then
-    makes its gradient buckets from this list, and `DDP.wrap` fixes them before the first step.
+    The module itself is no child, so that nobody finds its state twice. DDP looks for parameters module by module,
+    with named_modules(): here every parameter has one of its own, in the order of `DDP.wrap`.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, names: list[str]) -> None:
         super().__init__()
         self.inner: Module
         object.__setattr__(self, "inner", module)
-        ignored = set(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))
-        self._ddp_params_and_buffers_to_ignore: list[str] = []
-        for name, parameter in reversed(list(module.named_parameters())):
-            if name not in ignored:
-                self.register_parameter(name.replace(".", "/"), parameter)
-        for name, buffer in module.named_buffers():
-            if name not in ignored:
-                self.register_buffer(name.replace(".", "/"), buffer)
+        self._names = names
+        self._ddp_params_and_buffers_to_ignore = getattr(module, "_ddp_params_and_buffers_to_ignore", [])
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.inner.training_step(*args, **kwargs)
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        return self.inner.named_parameters(*args, **kwargs)
+
+    def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Tensor]]:
+        # Asked anew before every exchange: a module may have replaced a buffer.
+        return self.inner.named_buffers(*args, **kwargs)
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:  # noqa: ARG002
+        for name in self._names:
+            prefix, _, own = name.rpartition(".")
+            owner = self.inner.get_submodule(prefix)
+            if isinstance(owner, (nn.Embedding, nn.EmbeddingBag)) and owner.sparse:
+                yield prefix, owner  # DDP must see that its gradient is sparse; `weight` is its only parameter
+            else:
+                alone = nn.Module()
+                alone.register_parameter(own, self.inner.get_parameter(name))
+                yield prefix, alone
 
 
 class DDP(Parallel):
@@ -117,68 +144,133 @@ class DDP(Parallel):
     step: DDP else rebuilds them after the first backward, in the order in which gradients arrived, so that a resumed
     process would sum in another order than one that went on (2 ranks come out equal, 3 and 4 do not; measured on
     torch 2.14 and 2.15).
+
+    In manual optimization a backward may reach a part of the parameters only (a GAN's generator or discriminator), so
+    there find_unused_parameters is on unless it is given.
     """
 
     name = "ddp"
 
-    def __init__(self, world: World, **options: Any) -> None:
-        super().__init__(world)
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        known = inspect.signature(nn.parallel.DistributedDataParallel.__init__).parameters
+        unknown = sorted(set(options) - set(known) | set(options) & {"self", "module", "device_ids", "output_device"})
+        if unknown:
+            raise ConfigError(f"DDP({unknown[0]}=...) is not an option of DistributedDataParallel that can be given.")
         self.options = options
         self._ddp: nn.parallel.DistributedDataParallel | None = None
+        self._accumulating = False
 
-    def wrap(self, module: nn.Module) -> None:
-        self.module = module
-        if not any(p.requires_grad for p in module.parameters()):
+    def wrap(self, module: nn.Module, *, training: bool = True) -> None:
+        self.module, self._ddp = module, None
+        self.step = module.training_step  # type: ignore[assignment]
+        if not training or not any(p.requires_grad for p in module.parameters()):
             self._same_start(module)
-            self.step = module.training_step  # type: ignore[assignment]
             return
+        manual = not getattr(module, "automatic_optimization", True)
+        options = {"find_unused_parameters": True} | self.options if manual else self.options
+        # A parameter that is used in several places has its gradient when the first place in the forward has it.
+        names = [name for name, _ in module.named_parameters()]
+        rebuilds = not options.get("find_unused_parameters") or bool(options.get("static_graph"))
+        # DDP turns the buckets that it makes at first around, and takes those that are rebuilt as they come.
+        step = _Step(module, names[::-1] if rebuilds else names)
         ids = [self.world.device] if self.world.device.type == "cuda" else None
-        ddp = nn.parallel.DistributedDataParallel(_Step(module), device_ids=ids, **self.options)
-        if not self.options.get("find_unused_parameters"):
+        ddp = nn.parallel.DistributedDataParallel(step, device_ids=ids, **options)
+        if rebuilds:
             # What DDP itself calls when a rank without data joins in: the layout follows the list, for good.
             ddp.reducer._push_all_rebuilt_params()
             ddp.reducer._rebuild_buckets()
         self._ddp = ddp
-        self.step = ddp
+        self.step = self._manual_step if manual else ddp
+
+    def _manual_step(self, *args: Any, **kwargs: Any) -> Any:
+        assert self._ddp is not None
+        # The backwards are inside: each of them is prepared by itself, and none after the forward.
+        self._ddp.require_backward_grad_sync = False
+        try:
+            return self._ddp(*args, **kwargs)
+        finally:
+            self._ddp.require_backward_grad_sync = self._ddp.require_forward_param_sync = True
+
+    def prepare_backward(self, loss: Tensor) -> None:
+        if self._ddp is not None and not self._accumulating:
+            self._ddp.reducer.prepare_for_backward([loss] if self._ddp.find_unused_parameters else [])
+
+    @contextmanager
+    def _manual_no_sync(self) -> Iterator[None]:
+        self._accumulating = True
+        try:
+            yield
+        finally:
+            self._accumulating = False
 
     def no_sync(self) -> AbstractContextManager[Any]:
-        return nullcontext() if self._ddp is None else self._ddp.no_sync()
+        if self._ddp is None:
+            return nullcontext()
+        return self._ddp.no_sync() if self.step is self._ddp else self._manual_no_sync()
 
 
 class FSDP(Parallel):
     """FSDP2: parameters, gradients and optimizer state sharded over the ranks by `fully_shard`.
 
-    What is sharded as one unit: whatever `Module.configure_model` has sharded already; else every block of an
-    nn.ModuleList or nn.Sequential that has parameters; then the rest, with the module itself.
+    units: what is gathered at once. None: every block of an nn.ModuleList or nn.Sequential that has parameters. A
+    class or several: each module of it. A number: each smallest module with at least so many parameters. Whatever
+    `Module.configure_model` has sharded already stays as it is, and the rest belongs to the module itself.
+    replicas: groups of ranks that hold the same shards (HSDP); ranks of one group are neighbours.
+    reshard_after_forward, mp_policy: as fully_shard takes them.
     """
 
     name = "fsdp"
     sharded = True
 
-    def __init__(self, world: World, **options: Any) -> None:
-        super().__init__(world)
-        self.options = options
+    def __init__(
+        self,
+        *,
+        units: type[nn.Module] | tuple[type[nn.Module], ...] | int | None = None,
+        replicas: int | None = 1,
+        reshard_after_forward: bool | int | None = None,
+        mp_policy: MixedPrecisionPolicy | None = None,
+    ) -> None:
+        super().__init__()
+        if replicas is not None and replicas < 1:
+            raise ConfigError(f"FSDP(replicas={replicas}): at least 1, or None for one per node.")
+        self.units, self.replicas = units, replicas
+        self.reshard_after_forward, self.mp_policy = reshard_after_forward, mp_policy
 
-    def wrap(self, module: nn.Module) -> None:
+    def wrap(self, module: nn.Module, *, training: bool = True) -> None:  # noqa: ARG002 - shards are shards
         from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
-        if self.world.size == 1:
-            raise ConfigError(
-                "strategy='fsdp' shards over several ranks, and there is one. Start with launch --procs N."
-            )
-        self._same_start(module)
         if not isinstance(module, FSDPModule):
-            for block in _blocks(module):
-                if not isinstance(block, FSDPModule):
-                    fully_shard(block, **self.options)
-            fully_shard(module, **self.options)
+            self._same_start(module)
+            options: dict[str, Any] = {"mesh": self._mesh()}
+            if self.reshard_after_forward is not None:
+                options["reshard_after_forward"] = self.reshard_after_forward
+            if self.mp_policy is not None:
+                options["mp_policy"] = self.mp_policy
+            for unit in _units(module, self.units):
+                if not isinstance(unit, FSDPModule):
+                    fully_shard(unit, **options)
+            fully_shard(module, **options)
         self.module = module
-        for name in ("training_step", "validation_step", "test_step", "predict_step"):
-            if hasattr(module, name):
+        for name in _STEPS:
+            # In the instance's own dict it is there from an earlier run: once more would run FSDP's hooks twice.
+            if hasattr(module, name) and name not in module.__dict__:
                 register_fsdp_forward_method(module, name)
                 # It wraps the bound method, so that inspect.signature would drop the batch along with self.
                 module.__dict__[name].__func__.__signature__ = inspect.signature(getattr(type(module), name))
         self.step = module.training_step  # type: ignore[assignment]
+
+    def _mesh(self) -> Any:
+        from torch.distributed.device_mesh import init_device_mesh
+
+        size, replicas = self.world.size, self.replicas or self.world.ranks.num_nodes
+        if size % replicas:
+            raise ConfigError(f"FSDP(replicas={replicas}) does not divide the {size} ranks.")
+        # Named by our device: fully_shard's own default is the machine's accelerator, also in a run on the CPU.
+        kind = self.world.device.type
+        if replicas == 1:
+            return init_device_mesh(kind, (size,), mesh_dim_names=("shard",))
+        return init_device_mesh(kind, (replicas, size // replicas), mesh_dim_names=("replicate", "shard"))
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -187,11 +279,6 @@ class FSDP(Parallel):
             yield
         finally:
             self.module.set_requires_gradient_sync(True)  # type: ignore[operator]
-
-    def clip(self, parameters: Iterable[Tensor], value: float, algorithm: str = "norm") -> Tensor | None:
-        norm = super().clip(parameters, value, algorithm)
-        # A norm over shards is a DTensor whose parts are still to be summed.
-        return norm.full_tensor() if norm is not None and hasattr(norm, "full_tensor") else norm
 
     def load_module_state(self, state: dict[str, Any], strict: bool = True) -> Any:
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
@@ -208,7 +295,7 @@ class FSDP(Parallel):
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
 
         options = StateDictOptions(full_state_dict=not _has_shards(state))
-        set_optimizer_state_dict(self.module, optimizer, state, options=options)
+        set_optimizer_state_dict(self.module, optimizer, _named(state, self.module, optimizer), options=options)
 
 
 def _has_shards(state: Any) -> bool:
@@ -218,50 +305,123 @@ def _has_shards(state: Any) -> bool:
     return any(isinstance(leaf, DTensor) for leaf in tree_leaves(state))
 
 
+def _parameter_names(module: nn.Module, optimizer: Optimizer) -> list[str]:
+    """The names of an optimizer's parameters, in the order in which its state_dict numbers them."""
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    return [names[p] for group in optimizer.param_groups for p in group["params"]]
+
+
+def _numbered(state: dict[str, Any], module: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    """An optimizer's state with its parameters by number, whatever way of running it comes from."""
+    saved = [p for group in state["param_groups"] for p in group["params"]]
+    if not any(isinstance(p, str) for p in saved):
+        return state
+    names = _parameter_names(module, optimizer)
+    if sorted(names) != sorted(saved):
+        raise CheckpointError(
+            f"The optimizer has the parameters {_first_difference(names, saved)} and the checkpoint has not, or the "
+            "other way round: has the model changed?"
+        )
+    number = {name: i for i, name in enumerate(names)}
+    # Groups in the optimizer's own order; the saved ones are found by any of their members.
+    return {
+        "state": {number[name]: values for name, values in state["state"].items()},
+        "param_groups": [
+            group | {"params": sorted(number[p] for p in group["params"])}
+            for group in sorted(state["param_groups"], key=lambda g: min((number[p] for p in g["params"]), default=0))
+        ],
+    }
+
+
+def _named(state: dict[str, Any], module: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    """An optimizer's state with its parameters by name, whatever way of running it comes from."""
+    saved = [p for group in state["param_groups"] for p in group["params"]]
+    if any(isinstance(p, str) for p in saved):
+        return state
+    names = _parameter_names(module, optimizer)
+    if len(names) != len(saved):
+        raise CheckpointError(
+            f"The optimizer has {len(names)} parameters and the checkpoint's has {len(saved)}: has the model changed?"
+        )
+    name = dict(zip(saved, names, strict=True))
+    return {
+        "state": {name[p]: values for p, values in state["state"].items()},
+        "param_groups": [group | {"params": [name[p] for p in group["params"]]} for group in state["param_groups"]],
+    }
+
+
+def _first_difference(ours: list[str], theirs: list[str]) -> str:
+    return ", ".join(sorted(set(ours) ^ set(theirs))[:4]) or "in other numbers"
+
+
+def _units(module: nn.Module, wanted: type[nn.Module] | tuple[type[nn.Module], ...] | int | None) -> list[nn.Module]:
+    """What is sharded as one unit, inner modules before those that hold them."""
+    if wanted is None:
+        return list(_blocks(module))
+    found = []
+    for child in reversed([m for m in module.modules() if m is not module]):
+        if isinstance(wanted, int):
+            size = sum(p.numel() for p in child.parameters())
+            if size >= wanted and not isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+                inner = sum(p.numel() for m in found if m in set(child.modules()) for p in m.parameters())
+                if size - inner >= wanted:
+                    found.append(child)
+        elif isinstance(child, wanted) and next(child.parameters(), None) is not None:
+            found.append(child)
+    if not found and not isinstance(wanted, int):
+        raise ConfigError(f"FSDP(units={wanted}): {type(module).__name__} has no such module with parameters.")
+    return found
+
+
 def _blocks(module: nn.Module) -> Iterator[nn.Module]:
-    """The outermost blocks of ModuleLists and Sequentials that hold parameters, innermost last in the walk."""
+    """The outermost blocks of ModuleLists and Sequentials that hold parameters."""
     for child in module.children():
         if isinstance(child, (nn.ModuleList, nn.Sequential)):
             for block in child:
-                if next(block.parameters(), None) is not None:
+                if next(block.parameters(), None) is not None and not isinstance(block, (nn.ModuleList, nn.ModuleDict)):
                     yield block
         else:
             yield from _blocks(child)
 
 
 def make_parallel(strategy: str | Parallel, world: World) -> Parallel:
-    """The way of running that a strategy's name asks for.
+    """The way of running that a strategy's name asks for, or the given one.
+
+    On one rank all of them are `Single`: a script that says "ddp" or "fsdp" must also run as one process, where there
+    is nobody to average or share with.
 
     Raises:
         ConfigError: there is no such strategy, or it does not fit the number of ranks.
     """
-    if isinstance(strategy, Parallel):
-        return strategy
+    parallel = strategy if isinstance(strategy, Parallel) else _by_name(strategy, world)
+    if world.size == 1:
+        parallel = Single()
+    elif isinstance(parallel, Single):
+        raise ConfigError(f"strategy={strategy!r} is for one rank, and there are {world.size}; use 'auto' or 'ddp'.")
+    parallel.world = world
+    return parallel
+
+
+def _by_name(strategy: str, world: World) -> Parallel:
+    makers: dict[str, Callable[[], Parallel]] = {
+        "auto": Single if world.size == 1 else DDP,
+        "single": Single,
+        "ddp": DDP,
+        "ddp_find_unused_parameters_false": lambda: DDP(find_unused_parameters=False),
+        "ddp_find_unused_parameters_true": lambda: DDP(find_unused_parameters=True),
+        "ddp_static_graph": lambda: DDP(static_graph=True),
+        "fsdp": FSDP,
+        "hsdp": lambda: FSDP(replicas=None),
+    }
     if strategy in ("dp", "ddp2"):
         raise ConfigError(f"strategy={strategy!r} is gone; use strategy='ddp' and start with launch --gpus N.")
     if strategy.startswith("deepspeed"):
         raise ConfigError(
-            f"strategy={strategy!r} is not supported: ZeRO-2 is strategy='fsdp' with reshard_after_forward=False, "
-            "ZeRO-3 is strategy='fsdp'."
+            f"strategy={strategy!r} is not supported: ZeRO-2 is FSDP(reshard_after_forward=False), ZeRO-3 is 'fsdp'."
         )
-    alone = world.size == 1
-    if strategy in ("auto", "single", "single_device"):
-        if strategy != "auto" and not alone:
-            raise ConfigError(
-                f"strategy={strategy!r} is for one rank, and there are {world.size}; use 'auto' or 'ddp'."
-            )
-        return Single(world) if alone else DDP(world)
-    options: dict[str, dict[str, Any]] = {
-        "ddp": {},
-        "ddp_find_unused_parameters_false": {},
-        "ddp_find_unused_parameters_true": {"find_unused_parameters": True},
-        "ddp_static_graph": {"static_graph": True},
-    }
-    if strategy in options:
-        # A script that says "ddp" must also run as one process, where there is nobody to average with.
-        return Single(world) if alone else DDP(world, **options[strategy])
-    if strategy == "fsdp":
-        return FSDP(world)
     if strategy in ("ddp_spawn", "ddp_fork", "ddp_notebook"):
         raise ConfigError(f"strategy={strategy!r}: processes are started by launch --procs N; use strategy='ddp'.")
-    raise ConfigError(f"strategy={strategy!r}: one of auto, single, {', '.join(options)}, fsdp is possible.")
+    made = makers.get({"single_device": "single"}.get(strategy, strategy))
+    if made is None:
+        raise ConfigError(f"strategy={strategy!r}: one of {', '.join(makers)} is possible, or a DDP or FSDP object.")
+    return made()

@@ -8,7 +8,7 @@ DistributedSampler gives where everything divides.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,12 +18,15 @@ from trainer.errors import DataError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-__all__ = ["Listed", "Order", "Permuted", "Sequential", "Share", "shares"]
+__all__ = ["Listed", "Order", "Permuted", "Sequential", "Share", "batch_count", "shares"]
 
-Ids = npt.NDArray[np.int64]
+Places = npt.NDArray[np.int64]
+Ids = npt.NDArray[Any]  # of int64, but for custom samplers whose items are no numbers
 
+# Four rounds of random functions look random (Luby and Rackoff 1988); twice that for cheaper ones.
 _ROUNDS = 8
 _BLOCK = 1 << 14
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _M1 = np.uint64(0xBF58476D1CE4E5B9)
 _M2 = np.uint64(0x94D049BB133111EB)
 
@@ -33,7 +36,7 @@ class Order(Protocol):
 
     def __len__(self) -> int: ...
 
-    def ids(self, positions: Ids) -> Ids:
+    def ids(self, positions: Places) -> Ids:
         """The sample ids at these positions."""
         ...
 
@@ -47,65 +50,75 @@ class Sequential:
     def __len__(self) -> int:
         return self._size
 
-    def ids(self, positions: Ids) -> Ids:
+    def ids(self, positions: Places) -> Ids:
         """The positions themselves."""
         return positions
 
 
 class Listed:
-    """An order that was drawn beforehand, such as that of a custom sampler."""
+    """An order that was drawn beforehand, such as that of a custom sampler. Its items need not be numbers."""
 
-    def __init__(self, ids: Sequence[int]) -> None:
-        self._ids = np.asarray(ids, dtype=np.int64)
+    def __init__(self, items: Sequence[Any]) -> None:
+        if all(isinstance(item, (int, np.integer)) for item in items):
+            self._items = np.asarray(items, dtype=np.int64)
+        else:
+            self._items = np.empty(len(items), dtype=object)
+            for place, item in enumerate(items):
+                self._items[place] = item
 
     def __len__(self) -> int:
-        return len(self._ids)
+        return len(self._items)
 
-    def ids(self, positions: Ids) -> Ids:
+    def ids(self, positions: Places) -> Ids:
         """What was drawn at these positions."""
-        return self._ids[positions]
+        return self._items[positions]
 
 
 class Permuted:
-    """A keyed permutation of 0..size-1 with O(1) access to any place and no memory of its own.
+    """A keyed permutation of 0..size-1 with O(1) access to any place and no memory that grows with it.
 
-    A balanced Feistel network on the smallest even number of bits that holds `size` (at least 8), whose values
-    outside are sent through it again (cycle walking; Black and Rogaway 2002). The round function is splitmix64's
-    finaliser (Steele, Lea, Flood 2014). Not a cipher: it needs to look random, not to keep a secret.
+    Up to one block it is the order of keyed hashes. Beyond, a balanced Feistel network on the smallest even number of
+    bits that holds `size`, whose values outside are sent through it again (cycle walking; Black and Rogaway 2002).
+    Hash and round function are splitmix64's finaliser (Steele, Lea, Flood 2014). Not a cipher: it needs to look
+    random, not to keep a secret.
     """
 
     def __init__(self, size: int, *, seed: int, epoch: int) -> None:
         self._size = size
-        bits = max(8, (max(size, 2) - 1).bit_length())
-        self._half = np.uint64((bits + 1) // 2)
+        self._half = np.uint64(((max(size, 2) - 1).bit_length() + 1) // 2)
         self._mask = np.uint64((1 << int(self._half)) - 1)
         keys = np.array([seed & 0xFFFFFFFFFFFFFFFF, epoch & 0xFFFFFFFFFFFFFFFF], dtype=np.uint64)
         with np.errstate(over="ignore"):
-            state = _mix(keys[0] + np.uint64(0x9E3779B97F4A7C15)) ^ _mix(keys[1] + np.uint64(0xD1B54A32D192ED03))
-            steps = np.arange(1, _ROUNDS + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-            self._keys = _mix(state + steps)
+            state = _mix(_mix(keys[:1] + _GOLDEN) + keys[1:])
+            self._keys = _mix(state + np.arange(1, _ROUNDS + 1, dtype=np.uint64) * _GOLDEN)
         self._block_start = -1
-        self._block: Ids = np.empty(0, dtype=np.int64)
+        self._block: Places = np.empty(0, dtype=np.int64)
 
     def __len__(self) -> int:
         return self._size
 
-    def ids(self, positions: Ids) -> Ids:
-        """The permutation at these positions. Neighbouring calls share a block that is computed once."""
+    def ids(self, positions: Places) -> Ids:
+        """The permutation at these positions, which ascend. Neighbouring calls share a block, computed once."""
         if not len(positions):
             return positions
-        first, last = int(positions[0]), int(positions[-1])
-        start = first - first % _BLOCK
+        start = int(positions[0]) // _BLOCK * _BLOCK
         if start != self._block_start:
-            self._block = self._permute(np.arange(start, min(start + _BLOCK, self._size), dtype=np.int64))
+            self._block = self._permute(start, min(start + _BLOCK, self._size))
             self._block_start = start
-        if last < start + _BLOCK:
-            return self._block[positions - start]
-        return self._permute(positions)
+        within = positions - start
+        if within[-1] < len(self._block):
+            return self._block[within]
+        split = int(np.searchsorted(within, len(self._block)))
+        return np.concatenate([self._block[within[:split]], self.ids(positions[split:])])
 
-    def _permute(self, positions: Ids) -> Ids:
-        values = self._network(positions.astype(np.uint64))
+    def _permute(self, start: int, stop: int) -> Places:
+        values = np.arange(start, stop, dtype=np.uint64)
         size = np.uint64(self._size)
+        if self._size <= _BLOCK:
+            with np.errstate(over="ignore"):
+                hashes = _mix(_mix(values * _GOLDEN + self._keys[0]) ^ self._keys[1])
+            return np.argsort(hashes, kind="stable").astype(np.int64)
+        values = self._network(values)
         outside = np.flatnonzero(values >= size)
         while len(outside):
             again = self._network(values[outside])
@@ -129,16 +142,17 @@ def _mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     return mixed
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Share:
     """One rank's part of one global batch.
 
-    ids: what it loads (never empty). seen: how many of them are its own; 0 means that the rank has no sample in this
-    batch and runs a copy of another's, which counts for nothing. total: samples of the batch over all ranks.
-    position: the gang's position after the batch.
+    ids: what it loads (never empty). places: their positions in the epoch. seen: how many of them are its own; 0
+    means that the rank has no sample in this batch and runs a copy of another's, which counts for nothing. total:
+    samples of the batch over all ranks. position: the gang's position after the batch.
     """
 
     ids: Ids
+    places: Places
     seen: int
     total: int
     position: int
@@ -155,6 +169,9 @@ def shares(
 
     batch_size is per rank. Over any schedule of world sizes the ids of all ranks, each continued from the position
     that the last one reached, are the order's ids, once each (less a last incomplete batch with drop_last).
+
+    Raises:
+        DataError: `start` lies outside of the order.
     """
     size = len(order)
     if not 0 <= start <= size:
@@ -163,18 +180,19 @@ def shares(
     offsets = rank + world_size * np.arange(batch_size, dtype=np.int64)
     base = start
     while base + step <= size:
-        yield Share(order.ids(base + offsets), batch_size, step, base + step)
+        places = base + offsets
+        yield Share(order.ids(places), places, batch_size, step, base + step)
         base += step
     if base < size and not drop_last:
-        own = base + offsets
-        own = own[own < size]
-        seen = len(own)
+        places = base + offsets
+        places = places[places < size]
+        seen = len(places)
         if not seen:
-            own = np.array([base], dtype=np.int64)
-        yield Share(order.ids(own), seen, size - base, size)
+            places = np.array([base], dtype=np.int64)
+        yield Share(order.ids(places), places, seen, size - base, size)
 
 
 def batch_count(size: int, *, batch_size: int, world_size: int, drop_last: bool) -> int:
-    """Batches per rank in one epoch."""
+    """Batches per rank for `size` samples of the gang."""
     step = batch_size * world_size
     return size // step if drop_last else -(-size // step)
