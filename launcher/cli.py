@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 _HELP = """\
-Start a program on every GPU or CPU rank, keep it running, and say what happened.
+Start a program on every rank, keep it running, and say what happened.
 
   launch --gpus 4 train.py --lr 0.1           4 ranks here, one GPU each
   launch --procs 4 train.py                   4 ranks here, on the CPU
@@ -300,7 +300,11 @@ def _meeting(o: dict[str, Any], nodes: int) -> Meeting:
     known = {"is_host", "timeout", "join_timeout", "read_timeout", "last_call_timeout", "close_timeout", "rank"}
     if unknown := sorted(conf.keys() - known):
         raise UsageError(f"--rdzv-conf {', '.join(unknown)}: not supported; known are {', '.join(sorted(known))}")
-    rank = o["node_rank"] if o["node_rank"] is not None else int(conf["rank"]) if "rank" in conf else None
+    rank = o["node_rank"]
+    if rank is None and "rank" in conf:
+        if not conf["rank"].isdigit():
+            raise UsageError(f"--rdzv-conf rank={conf['rank']}: give a number")
+        rank = int(conf["rank"])
     if backend == "static":
         rank = rank or 0
     if rank is not None and not 0 <= rank < nodes:

@@ -58,7 +58,11 @@ class Record:
         return [json.loads(line) for line in (self.path / "events.jsonl").read_text().splitlines()]
 
     def log(self, rank: int, attempt: int = 0) -> str:
-        return (self.path / "logs" / f"attempt-{attempt}" / f"rank-{rank}.log").read_text()
+        return (
+            (self.path / "logs" / f"attempt-{attempt}" / f"rank-{rank}.log")
+            .read_bytes()
+            .decode(errors="surrogateescape")
+        )
 
 
 class Launched:
