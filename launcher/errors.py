@@ -4,12 +4,13 @@ LaunchError
 ├── UsageError       the command or the call is wrong: mend it (exit code 2)
 ├── RunError         the run folder is in use, finished, or not what was asked for
 ├── MeetingError     nodes that should meet did not: names who is missing and where they were awaited
+├── ClusterError     the scheduler refused, or gave an answer that cannot be read: ask who runs the cluster
 └── InternalError    our own invariant broke: please report it
 """
 
 from __future__ import annotations
 
-__all__ = ["InternalError", "LaunchError", "MeetingError", "RunError", "UsageError"]
+__all__ = ["ClusterError", "InternalError", "LaunchError", "MeetingError", "RunError", "UsageError"]
 
 
 class LaunchError(Exception):
@@ -32,6 +33,10 @@ class RunError(LaunchError):
 
 class MeetingError(LaunchError):
     """Not all nodes came: the message names those missing, the address and the time waited."""
+
+
+class ClusterError(LaunchError):
+    """The scheduler refused what was asked of it, or its answer cannot be read: the message quotes it."""
 
 
 class InternalError(LaunchError):
