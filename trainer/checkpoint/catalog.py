@@ -106,6 +106,7 @@ def dead_attempts(store: Folder, before: float) -> list[Folder]:
     found = []
     for name, size in store.sizes().items():
         if size < 0:
-            attempts = [a for a in (store / name).sizes() if (attempt_time(a) or before) < before]
+            times = {a: attempt_time(a) for a in (store / name).sizes()}
+            attempts = [a for a, began in times.items() if began is not None and began < before]
             found += [store / name / a for a in attempts if MANIFEST not in (store / name / a).sizes()]
     return found

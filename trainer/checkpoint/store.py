@@ -7,7 +7,7 @@ import platform
 import time
 import warnings
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 
@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from trainer.checkpoint.retention import Retention
+
+
+_T = TypeVar("_T")
 
 
 class Ranks(Protocol):
@@ -174,7 +177,7 @@ class Store:
         attempt, prepared = self._agree(lambda: _prepare(state, rank_state or {}, self.world))
         task = self._job(prepared.record, Manifest(
             name, attempt, step, self.world.size, (), time.time(), dict(extra or {}),
-            {"python": platform.python_version(), "torch": torch.__version__},
+            {"python": platform.python_version(), "torch": str(torch.__version__)},
         ))  # fmt: skip
         path = str(self.folder / name)
         if wait:
@@ -317,17 +320,17 @@ class Store:
 
     def newest(self) -> Manifest | None:
         """The newest committed checkpoint, by step, then by time; the same on every rank."""
-        found = None
-        if self.world.rank == 0:
-            found = next(iter(catalog.checkpoints_in(self.folder)), None)
-        manifest: Manifest | None = self.world.broadcast(found and found.manifest)
-        return manifest
+        return next(iter(self.list()), None)
 
     def list(self) -> list[Manifest]:
         """The committed checkpoints, newest first; the same on every rank."""
-        found = [c.manifest for c in catalog.checkpoints_in(self.folder)] if self.world.rank == 0 else None
-        manifests: list[Manifest] = self.world.broadcast(found)
-        return manifests
+        answer = None
+        if self.world.rank == 0:
+            answer = _attempt(lambda: [c.manifest for c in catalog.checkpoints_in(self.folder)], str(self.folder))
+        manifests, error = self.world.broadcast(answer)
+        if error is not None:
+            raise error
+        return manifests  # type: ignore[no-any-return]
 
     def load(self, which: Manifest | str | os.PathLike[str], state_like: Mapping[str, Any] | None = None) -> Loaded:
         """Load one checkpoint, verified; every rank calls it. which: a manifest, a name in this store, or a path.
@@ -339,17 +342,11 @@ class Store:
         Raises:
             CheckpointNotFoundError, CheckpointDamagedError, CheckpointError: on every rank.
         """
-        loaded, error = None, None
-        try:
-            loaded = _load(self._open(which), state_like, self.world.rank)
-        except CheckpointError as failed:
-            error = failed
-        errors = [e for e in self.world.gather(error and (type(error), str(error))) if e is not None]
-        if error is not None:
-            raise error
-        if errors:
-            kind, message = errors[0]
-            raise kind(message)
+        loaded, error = _attempt(lambda: _load(self._open(which), state_like, self.world.rank), _spelled(which))
+        errors = [e for e in self.world.gather(error) if e is not None]
+        if error is not None or errors:
+            # A rank's own error has the cause attached. A damaged file is damaged for all, whoever noticed.
+            raise error or errors[0]
         assert loaded is not None
         return loaded
 
@@ -490,6 +487,22 @@ def _of(tensors: Mapping[str, torch.Tensor], key: str, checkpoint: Checkpoint) -
         return tensors[key]
     except KeyError:
         raise CheckpointDamagedError(f"{checkpoint.path} is damaged: no shard holds {key}.") from None
+
+
+def _attempt(act: Callable[[], _T], what: str) -> tuple[_T | None, CheckpointError | None]:
+    """What `act` returns, or an error that can be sent to the other ranks: a file system may raise anything."""
+    try:
+        return act(), None
+    except CheckpointError as error:
+        return None, error
+    except Exception as cause:
+        failure = CheckpointError(f"{what} could not be read: {type(cause).__name__}: {cause}")
+        failure.__cause__ = cause
+        return None, failure
+
+
+def _spelled(which: Manifest | str | os.PathLike[str]) -> str:
+    return which.name if isinstance(which, Manifest) else os.fspath(which)
 
 
 def _disk_full(path: str, why: str) -> str:
