@@ -681,9 +681,10 @@ class Trainer:
         module = run.module
         if not self._validates():
             has_step, has_loader = overridden(module, "validation_step", Module), self._source("val").defined
-            if has_step != has_loader and self.limit_val_batches > 0:
-                missing = "validation loader" if has_step else "validation_step"
-                rank_zero_warn(f"There is no {missing}, so nothing is validated.")
+            if has_loader and not has_step and self.limit_val_batches > 0:
+                rank_zero_warn("There is a validation loader but no validation_step, so nothing is validated.")
+            elif has_step and not has_loader and self.limit_val_batches > 0:
+                rank_zero_info("There is a validation_step but no validation loader, so nothing is validated.")
             return
         loaders = Loaders(self._source("val").loaders(), "val", self)
         self._loaders["val"] = loaders
