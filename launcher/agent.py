@@ -26,7 +26,7 @@ from launcher.channel import Channel, Message, keep_alive, pair
 from launcher.errors import LaunchError, MeetingError, UsageError
 from launcher.failure import RankExit, read_error_file, signal_name
 from launcher.logs import Console, RankLog, prefix_for
-from launcher.processes import become_subreaper, end_descendants, threads_of
+from launcher.processes import become_subreaper, die_with_parent, end_descendants, threads_of
 from launcher.spec import LaunchSpec, keeps_terminal
 from launcher.topology import Place, World, places, rank_environment
 from launcher.zygote import serve
@@ -41,7 +41,10 @@ def main(argv: list[str]) -> dict[str, Any] | None:
     """Run a node's agent. Returns only in a forked rank, with its order; the agent itself exits.
 
     argv: `fd N` (a socket inherited from the supervisor) or `tcp HOST PORT` (token in LAUNCH_TOKEN).
+    LAUNCH_STARTER_PID: the process that started a `tcp` agent and must not be outlived; an `fd` agent has its socket.
     """
+    if starter := os.environ.pop("LAUNCH_STARTER_PID", ""):
+        die_with_parent(int(starter))
     secret = os.environ.pop("LAUNCH_TOKEN", "")
     base = dict(os.environ)
     join_timeout_s = float(os.environ.pop("LAUNCH_JOIN_TIMEOUT_S", "600"))
@@ -85,8 +88,11 @@ def main(argv: list[str]) -> dict[str, Any] | None:
     except LaunchError as error:
         code = error.exit_code
         _tell_why(link, error)
-    except ConnectionError:
-        code = 1  # the supervisor is gone; it, or whoever killed it, tells the story
+    except ConnectionError as error:
+        code = 1  # the supervisor is gone; on its own machine it, or whoever killed it, tells the story
+        if argv[0] == "tcp":
+            where = f"{argv[1]} port {argv[2]}"
+            sys.stderr.write(f"launch: agent on {socket.gethostname()}: lost the supervisor at {where}: {error}\n")
     sys.stderr.flush()
     os._exit(code)
 

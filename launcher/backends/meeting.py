@@ -112,6 +112,7 @@ def join(spec: LaunchSpec) -> int:
         "LAUNCH_TOKEN": token(meeting),
         "LAUNCH_JOIN_TIMEOUT_S": str(meeting.join_timeout_s),
         "LAUNCH_NODE_SPEC_FD": str(own),
+        "LAUNCH_STARTER_PID": str(os.getpid()),
     }
     if meeting.node_rank is not None:
         environment["LAUNCH_NODE_RANK"] = str(meeting.node_rank)
