@@ -737,7 +737,7 @@ class Trainer:
         }[fn]
         if self.train_state.seed is None:
             self.train_state.seed = self._shared_seed()
-        self.parallel.wrap(module)
+        self.parallel.wrap(module, training=False)
         if not model_given and ckpt_path is None and getattr(self.checkpoint_callback, "best_model_path", ""):
             ckpt_path = "best"
         found = self._find_checkpoint(ckpt_path, weights_only, fitting=False)
@@ -1008,6 +1008,7 @@ class Trainer:
             hooks.on_before_backward(loss)
         if self.precision_object.scaler is not None:
             loss = self.precision_object.scaler.scale(loss)
+        self.parallel.prepare_backward(loss)
         if hooks.backward is None:
             loss.backward(*args, **kwargs)
         else:
