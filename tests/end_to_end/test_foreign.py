@@ -17,7 +17,7 @@ def need(package):
         pytest.skip(f"{package} is not installed (pip install 'muster[peers]')")
 
 
-def run(command, cwd, timeout=90):
+def run(command, cwd, timeout=170):
     # torchrun leaves its log folder in TMPDIR.
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TMPDIR": str(cwd)}
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
