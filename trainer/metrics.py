@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from trainer.errors import LoggingError
-from trainer.ranks import rank_zero_warn
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -61,7 +60,7 @@ class Entry:
     """One logged name of one hook: how it is reported, and what has been seen of it in this epoch."""
 
     __slots__ = (
-        "add_suffix", "dataloader_idx", "dtype", "hook", "label", "last", "logger", "metric", "name", "on_epoch",
+        "add_suffix", "dataloader_idx", "dtype", "fresh", "hook", "label", "last", "logger", "metric", "name", "on_epoch",
         "on_step", "options", "pending", "pending_sizes", "prog_bar", "rank_zero_only", "reduce", "seen",
         "sync_epoch", "sync_step", "total", "weight",
     )  # fmt: skip
@@ -92,7 +91,8 @@ class Entry:
 
     def reset(self) -> None:
         """Forget what has been seen."""
-        self.seen = False
+        # Whether anything was logged since the last reset, and since callbacks last looked.
+        self.seen = self.fresh = False
         self.last: Any = None
         self.total: float = {"min": float("inf"), "max": float("-inf")}.get(self.reduce, 0.0)
         self.weight: float = 0.0
@@ -183,7 +183,7 @@ class Metrics:
         entry = self._entries.get(key)
         if entry is None:
             entry = self._declare(key, value, sync_dist_group)
-        entry.seen = self._unread = True
+        entry.seen = entry.fresh = self._unread = True
         if entry.metric is not None:
             entry.metric = value
             entry.last = value._forward_cache
@@ -441,9 +441,10 @@ class Metrics:
         self._unread = False
         entries = [
             e for e in self._distinct()
-            if e.on_step and e.seen and e.last is not None and (self.training or e.dataloader_idx == self.dataloader_idx)
+            if e.on_step and e.fresh and e.last is not None and (self.training or e.dataloader_idx == self.dataloader_idx)
         ]  # fmt: skip
         for entry, value in zip(entries, _to_floats([e.last for e in entries]), strict=True):
+            entry.fresh = False
             self._publish(entry, torch.tensor(value, dtype=entry.dtype), on_step=True)
 
     def _publish(self, entry: Entry, value: Tensor, *, on_step: bool) -> None:
@@ -608,12 +609,3 @@ def _sizes(batch: Any) -> Iterator[int]:
     elif hasattr(batch, "values") and callable(batch.values):
         for value in batch.values():
             yield from _sizes(value)
-
-
-def warn_if_unlogged(logger_count: int, batches: float, every: int) -> None:
-    """Tell a user whose epochs are shorter than the interval of reports."""
-    if logger_count and batches < every:
-        rank_zero_warn(
-            f"An epoch has {batches} batches, fewer than log_every_n_steps={every}: values logged per step are "
-            "reported less than once per epoch. Lower log_every_n_steps to see more."
-        )

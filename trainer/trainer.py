@@ -22,7 +22,7 @@ from trainer.errors import CheckpointError, ConfigError, DistributedError, Modul
 from trainer.hooks import Hooks, overridden
 from trainer.loading import to_device
 from trainer.loop import Evaluation, Fit, Stopping, clip, evaluate, fit, predict
-from trainer.metrics import Metrics, warn_if_unlogged
+from trainer.metrics import Metrics
 from trainer.module import DataHooks, Module
 from trainer.optimizers import WrappedOptimizer, needs_closure, read_optimizers
 from trainer.parallel import make_parallel
@@ -640,7 +640,11 @@ class Trainer:
         loaders = self._train_loaders()
         run.feed = loaders.training_feed()
         run.batches_per_epoch = loaders.batches
-        warn_if_unlogged(len(self.loggers), run.batches_per_epoch, self.log_every_n_steps)
+        if self.loggers and run.batches_per_epoch < self.log_every_n_steps:
+            rank_zero_info(
+                f"An epoch has {run.batches_per_epoch} batches, fewer than log_every_n_steps={self.log_every_n_steps}: "
+                "values logged per step are reported less than once per epoch."
+            )
         interval = self.val_check_interval
         if isinstance(interval, int):
             if interval > run.batches_per_epoch and self.check_val_every_n_epoch is not None and self._validates():
@@ -841,7 +845,7 @@ class Trainer:
         assert self._metrics is not None
         values = self._metrics.epoch_values()
         if values:
-            self.log_to_loggers(values, max(0, self.train_state.logger_step - 1))
+            self.log_to_loggers(values, None if "step" in values else max(0, self.train_state.logger_step - 1))
 
     def report_evaluation(self, values: dict[str, Any]) -> None:
         """Give the loggers the results of a validation or test."""
