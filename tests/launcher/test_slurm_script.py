@@ -99,7 +99,6 @@ def test_directives(option, value, line):
         ("comment", "a\nb", "line ends"),
         ("comment", "a\rb", "line ends"),
         ("comment", "a\0b", "control"),
-        ("comment", "x" * 9000, "9000 bytes"),
         ("--gres", "gpu:1", "long name"),
         ("N", "2", "long name"),
         ("gres=gpu:1 --time", "2", "long name"),

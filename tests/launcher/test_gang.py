@@ -1,0 +1,263 @@
+"""Every transition of the gang: events in, actions out; no process, no clock."""
+
+from __future__ import annotations
+
+import pytest
+
+from launcher.failure import RankExit
+from launcher.gang import Gang, Phase
+
+
+def gang(nodes: int = 2, procs: int = 1, **settings) -> Gang:
+    return Gang([procs] * nodes, **{"first_attempt": 0, "max_restarts": 0, "grace_s": 30.0, **settings})
+
+
+def brief(actions) -> list[str]:
+    """`send 0 host`, `end stopped 75`, ..."""
+    return [
+        f"send {a.node} {next(iter(a.message))}" if a.kind == "send"
+        else f"end {a.outcome.status} {a.outcome.code}" if a.kind == "end"
+        else f"respawn {a.node}" if a.kind == "respawn" else a.kind
+        for a in actions
+    ]  # fmt: skip
+
+
+def ended(rank: int, code: int, *, at: int = 0, asked: bool = False, says: str | None = None, node: int | None = None):
+    error = None if says is None else {"type": "RuntimeError", "message": says, "traceback": says, "monotonic_ns": at}
+    return RankExit(rank, 0, rank if node is None else node, "host", 1, code, at, asked, "/log", error)
+
+
+def running(g: Gang) -> Gang:
+    """Bring the current attempt to RUNNING."""
+    for index in g.missing:
+        g.node_here(index, g.nodes[index].procs, None)
+    assert g.phase is Phase.HOSTING
+    g.store_ready(g.attempt, "127.0.0.1", 1)
+    assert g.phase is Phase.RUNNING
+    return g
+
+
+def out(g: Gang, *exits: RankExit) -> list[str]:
+    """Ranks end and their nodes are drained, in this order."""
+    actions = []
+    for e in exits:
+        actions += g.rank_exited(g.attempt, e)
+    for e in exits:
+        actions += g.node_drained(e.node, g.attempt)
+    return brief(actions)
+
+
+def test_a_plain_run() -> None:
+    g = gang(master_port=1234)
+    assert g.missing == [0, 1]
+    assert g.node_here(1, 1, "b") == []
+    (host,) = g.node_here(0, 1, "a")
+    assert host.node == 0
+    assert host.message == {"host": {"attempt": 0, "nodes": 2, "addr": "a", "port": 1234}}
+    started, *worlds = g.store_ready(0, "a", 99)
+    assert started.message == {"world_size": 2}
+    assert [w.message["world"]["node"] for w in worlds] == [0, 1]
+    assert worlds[0].message["world"] | {"node": 1} == worlds[1].message["world"]
+    assert worlds[1].message["world"]["slots"] == [1, 1]
+    assert (worlds[1].message["world"]["addr"], worlds[1].message["world"]["port"]) == ("a", 99)
+    assert out(g, ended(0, 0), ended(1, 0)) == ["end finished 0"]
+    assert g.phase is Phase.ENDED
+    assert brief(g.stop("SIGTERM")) == []
+    assert brief(g.node_gone(0, "left")) == []
+
+
+def test_nodes_may_bring_different_numbers_of_ranks() -> None:
+    g = gang(3)
+    g.node_here(0, 2, None), g.node_here(2, 1, None), g.node_here(1, 4, None)
+    _, *worlds = g.store_ready(0, "a", 1)
+    assert worlds[0].message["world"]["slots"] == [2, 4, 1]
+
+
+@pytest.mark.parametrize(
+    ("codes", "end"),
+    [((0, 0), "finished 0"), ((75, 75), "stopped 75"), ((75, 0), "stopped 75"), ((0, 3), "failed 3"),
+     ((-9, 0), "failed 137"), ((75, 1), "failed 1"), ((-15, 0), "failed 143")],
+)  # fmt: skip
+def test_how_a_run_ends_by_itself(codes: tuple[int, int], end: str) -> None:
+    g = running(gang())
+    actions = out(g, *(ended(r, c, at=r) for r, c in enumerate(codes)))
+    assert actions[-1] == f"end {end}"
+
+
+def test_a_failure_aborts_the_others_once() -> None:
+    g = running(gang(3))
+    assert brief(g.rank_exited(0, ended(1, 1))) == ["send 0 abort", "send 1 abort", "send 2 abort"]
+    assert g.rank_exited(0, ended(0, 1, at=5)) == []
+    assert g.phase is Phase.STOPPING
+    assert g.node_drained(1, 0) == []
+    assert g.node_drained(0, 0) == []
+    assert g.rank_exited(0, ended(2, -15, at=9, asked=True)) == []
+    (end,) = g.node_drained(2, 0)
+    assert end.outcome.root.exit.rank == 1
+    assert end.outcome.cause == "rank 1 exited with code 1"
+
+
+def test_a_success_aborts_nobody() -> None:
+    g = running(gang())
+    assert g.rank_exited(0, ended(1, 0)) == []
+    assert g.node_drained(1, 0) == []
+    assert g.phase is Phase.RUNNING
+
+
+def test_restarts_have_a_budget_and_fresh_attempts() -> None:
+    g = running(gang(first_attempt=5, max_restarts=2))
+    for restart in (1, 2):
+        assert out(g, ended(0, 1), ended(1, -15, asked=True))[-2:] == ["restarting", "send 0 host"]
+        assert (g.attempt, g.restarts, g.phase) == (5 + restart, restart, Phase.HOSTING)
+        assert g.exits == {}
+        _, first, _ = g.store_ready(g.attempt, "a", restart)
+        assert (first.message["world"]["attempt"], first.message["world"]["restarts"]) == (5 + restart, restart)
+    assert out(g, ended(0, 1), ended(1, -15, asked=True))[-1] == "end failed 1"
+
+
+def test_late_reports_of_an_earlier_attempt_are_nothing() -> None:
+    g = running(gang(max_restarts=1))
+    out(g, ended(0, 1), ended(1, -15, asked=True))
+    assert g.store_ready(0, "a", 1) == []
+    running_now = g.store_ready(1, "a", 1)
+    assert running_now
+    assert g.rank_exited(0, ended(1, 1)) == []
+    assert g.node_drained(0, 0) == []
+    assert g.node_drained(1, 0) == []
+    assert g.phase is Phase.RUNNING
+    assert g.store_ready(1, "a", 2) == []  # said twice
+
+
+# ------------------------------------------------------------------------------------------------- stops
+
+
+def test_stop_before_all_are_here() -> None:
+    g = gang()
+    g.node_here(0, 1, None)
+    assert brief(g.stop("SIGTERM")) == ["end stopped 75"]
+
+
+def test_stop_while_the_store_is_made() -> None:
+    g = gang(1)
+    g.node_here(0, 1, None)
+    assert brief(g.stop("SIGTERM")) == ["end stopped 75"]
+
+
+def test_stop_between_attempts_is_not_blamed_on_the_last_one() -> None:
+    g = running(gang(1, max_restarts=1))
+    assert out(g, ended(0, 3))[-1] == "send 0 host"
+    (end,) = g.stop("SIGTERM")
+    assert (end.outcome.status, end.outcome.code, end.outcome.root) == ("stopped", 75, None)
+
+
+@pytest.mark.parametrize(
+    ("codes", "end"),
+    [((75, 75), "stopped 75"), ((0, 0), "finished 0"), ((0, 75), "stopped 75"), ((-15, -15), "stopped 143"),
+     ((75, -9), "stopped 137"), ((-15, -9), "stopped 137"), ((143, 143), "stopped 143"), ((75, 1), "stopped 1")],
+)  # fmt: skip
+def test_a_stop_ends_as_the_ranks_do(codes: tuple[int, int], end: str) -> None:
+    g = running(gang())
+    assert brief(g.stop("SIGTERM")) == ["send 0 stop", "send 1 stop"]
+    assert out(g, *(ended(r, c, asked=True) for r, c in enumerate(codes))) == [f"end {end}"]
+    assert g.outcome is not None
+    assert end == "finished 0" or g.outcome.cause.startswith("SIGTERM")
+
+
+def test_a_rank_that_fails_to_save_is_named() -> None:
+    g = running(gang(max_restarts=3))
+    g.stop("SIGTERM")
+    assert out(g, ended(0, 75, asked=True), ended(1, 1, asked=True, says="disk full")) == ["end failed 1"]
+    assert g.outcome is not None
+    assert g.outcome.root is not None
+    assert g.outcome.root.exit.rank == 1
+    assert "while stopping rank 1 failed" in g.outcome.cause
+
+
+def test_the_second_stop_ends_the_grace_and_the_third_is_nothing() -> None:
+    g = running(gang(3))
+    (stop, *_) = g.stop("SIGINT")
+    assert stop.message == {"stop": {"grace_s": 30.0}}
+    g.rank_exited(0, ended(2, 75, asked=True))
+    g.node_drained(2, 0)
+    assert brief(g.stop("SIGINT")) == ["send 0 kill", "send 1 kill"]
+    assert g.stop("SIGINT") == []
+    assert out(g, ended(0, -9, asked=True), ended(1, -9, asked=True)) == ["end stopped 137"]
+    assert g.outcome is not None
+    assert g.outcome.cause == "SIGINT; ranks were killed at once"
+
+
+def test_a_stop_during_an_abort_ends_the_run_with_its_failure() -> None:
+    g = running(gang(max_restarts=5))
+    g.rank_exited(0, ended(0, 4))
+    assert g.stop("SIGTERM") == []
+    assert out(g, ended(1, -15, asked=True), ended(0, 4)) == ["end failed 4"]
+
+
+# ----------------------------------------------------------------------------------------- nodes that go
+
+
+def test_a_node_gone_before_the_meeting_is_a_failure() -> None:
+    g = gang()
+    g.node_here(0, 1, None)
+    assert g.node_gone(1, "never came") == []  # it was never here
+    assert brief(g.node_gone(0, "its agent was killed by SIGKILL")) == ["end failed 1"]
+    assert g.outcome is not None
+    assert g.outcome.cause == "node 0: its agent was killed by SIGKILL"
+
+
+@pytest.mark.parametrize("phase", [Phase.MEETING, Phase.HOSTING, Phase.RUNNING, Phase.STOPPING])
+def test_a_node_gone_is_started_again_within_the_budget(phase: Phase) -> None:
+    g = gang(max_restarts=1)
+    for index in range(1 if phase is Phase.MEETING else 2):
+        g.node_here(index, 1, None)
+    if phase in (Phase.RUNNING, Phase.STOPPING):
+        g.store_ready(0, "a", 1)
+    if phase is Phase.STOPPING:
+        g.rank_exited(0, ended(1, 1, says="my own fault"))
+    assert g.phase is phase
+    actions = brief(g.node_gone(0, "lost"))
+    if phase in (Phase.RUNNING, Phase.STOPPING):
+        assert actions == (["send 1 abort"] if phase is Phase.RUNNING else [])
+        actions = out(g, ended(1, -15, asked=True) if phase is Phase.RUNNING else ended(1, 1, says="my own fault"))
+    assert actions == ["restarting", "respawn 0"]
+    assert g.phase is Phase.MEETING
+    assert 0 in g.missing
+    g.node_here(0, 1, None)
+    if phase is Phase.MEETING:
+        g.node_here(1, 1, None)
+    assert g.phase is Phase.HOSTING
+    g.store_ready(1, "a", 1)
+    assert out(g, ended(0, 0), ended(1, 0)) == ["end finished 0"]
+
+
+def test_a_lost_node_explains_lost_peers_and_not_a_fault_of_its_own() -> None:
+    g = running(gang())
+    g.node_gone(0, "its connection was lost")
+    assert out(g, ended(1, 1, says="Connection closed by peer [10.0.0.1]:1")) == ["end failed 1"]
+    assert g.outcome is not None
+    assert (g.outcome.root, g.outcome.cause) == (None, "node 0: its connection was lost")
+    g = running(gang())
+    g.rank_exited(0, ended(1, 5, says="no such label"))
+    g.node_gone(0, "its connection was lost")
+    assert out(g, ended(1, 5, says="no such label")) == ["end failed 5"]
+
+
+def test_all_nodes_gone() -> None:
+    g = running(gang())
+    assert brief(g.node_gone(0, "a")) == ["send 1 abort"]
+    assert brief(g.node_gone(1, "b")) == ["end failed 1"]
+    assert g.outcome is not None
+    assert g.outcome.cause == "node 0: a; node 1: b"
+
+
+def test_a_node_that_starting_again_cannot_help() -> None:
+    g = gang(1, max_restarts=3)
+    g.node_here(0, 1, None)
+    assert brief(g.node_gone(0, "--preload nothing: no such module", hopeless=2)) == ["end failed 2"]
+
+
+def test_a_node_gone_during_a_stop() -> None:
+    g = running(gang(max_restarts=3))
+    g.stop("SIGTERM")
+    assert brief(g.node_gone(0, "lost")) == []
+    assert out(g, ended(1, 75, asked=True)) == ["end stopped 75"]
