@@ -83,6 +83,20 @@ def open_checkpoint(url: str | os.PathLike[str]) -> Checkpoint:
     return found
 
 
+def damaged_in(store: Folder) -> dict[str, bool]:
+    """The attempts that were set aside as damaged (True), or whose manifest cannot be read (False), by path."""
+    found = {}
+    for name, size in store.sizes().items():
+        attempts = [a for a in (store / name).sizes() if attempt_time(a) is not None] if size < 0 else []
+        for folder in (store / name / attempt for attempt in attempts):
+            files = folder.sizes()
+            if DAMAGED in files:
+                found[str(folder)] = True
+            elif MANIFEST in files and read_manifest(folder) is None:
+                found[str(folder)] = False
+    return found
+
+
 def is_complete(checkpoint: Checkpoint) -> bool:
     """Whether all files of a checkpoint are there with the sizes that its manifest states."""
     sizes = checkpoint.folder.sizes()

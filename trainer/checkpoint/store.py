@@ -359,12 +359,12 @@ class Store:
         Raises:
             CheckpointDamagedError: there are checkpoints, but not one of them is whole.
         """
-        damaged = None
+        damaged = self._set_aside_before()
         while (manifest := self.newest()) is not None:
             try:
                 return self.load(manifest, state_like)
             except CheckpointDamagedError as error:  # noqa: PERF203 - one turn per damaged checkpoint
-                damaged = error
+                damaged = str(error)
                 rank_zero_warn(f"{error} It is set aside; trying the next older checkpoint.")
                 self._set_aside(manifest, str(error))
         if damaged is not None:
@@ -386,6 +386,19 @@ class Store:
         text = os.fspath(which)
         inside = "/" not in text and bool((self.folder / text).sizes())
         return catalog.open_checkpoint(str(self.folder / text) if inside else text)
+
+    def _set_aside_before(self) -> str | None:
+        """One of the checkpoints that cannot be read any more, in words; the same on every rank."""
+        answer = None
+        if self.world.rank == 0:
+            answer = _attempt(lambda: catalog.damaged_in(self.folder), str(self.folder))
+        damaged, error = self.world.broadcast(answer)
+        if error is not None:
+            raise error
+        for path, known in damaged.items():
+            if not known:
+                rank_zero_warn(f"The manifest of {path} is damaged: that checkpoint is passed over.")
+        return next(iter(damaged), None)
 
     def _set_aside(self, manifest: Manifest, why: str) -> None:
         if self.world.rank == 0:

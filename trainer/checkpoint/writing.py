@@ -126,6 +126,9 @@ def _await_records(folder: Folder, world_size: int, timeout_s: float) -> dict[st
         missing = [rank for rank in range(world_size) if record_name(rank) not in sizes]
         if not missing:
             return sizes
+        if missing[0] == 0:
+            # Rank 0's own, which it has just written: no waiting brings it back.
+            raise CheckpointWriteError(f"The store lost {folder}/{record_name(0)}. The checkpoint is not committed.")
         failed = [rank for rank in missing if _failure_name(rank) in sizes]
         if failed:
             why = json.loads(folder.read(_failure_name(failed[0])))

@@ -1,0 +1,223 @@
+"""Whatever the storage does at whichever call: the newest loadable checkpoint is bit-correct, and no acknowledged one
+is lost.
+
+Faults are injected at every call index in turn: into the system calls that the local path makes (fail, write half,
+kill), and into an fsspec file system over memory (fail, drop silently, cut off, answer 503, lose the connection).
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import signal
+
+import fsspec
+import pytest
+import torch
+from fsspec.implementations.memory import MemoryFileSystem
+
+from trainer.checkpoint import Retention, Store
+from trainer.errors import CheckpointError
+
+CALLS = ("open", "write", "fsync", "mkdir", "rename", "replace", "unlink", "remove", "rmdir")
+
+
+def state(step: int) -> dict:
+    return {"w": torch.arange(300_000) * step, "small": {"b": torch.full((3,), float(step))}, "step": step}
+
+
+def check(loaded: dict) -> int:
+    """Which step a loaded state is of; it must be all of that step."""
+    step = loaded["step"]
+    assert torch.equal(loaded["w"], state(step)["w"])
+    assert torch.equal(loaded["small"]["b"], state(step)["small"]["b"])
+    return step
+
+
+class Faults:
+    """Counts calls, and misbehaves at one of them."""
+
+    def __init__(self, at: int, what: str) -> None:
+        self.at, self.what, self.count = at, what, -1
+
+    def now(self) -> bool:
+        self.count += 1
+        return self.count == self.at
+
+
+# ------------------------------------------------------------------------------------- system calls, local files
+
+
+def patched_calls(monkeypatch, faults: Faults) -> None:
+    for name in CALLS:
+        original = getattr(os, name)
+
+        def call(*args, _original=original, _name=name, **kwargs):
+            if not faults.now():
+                return _original(*args, **kwargs)
+            if faults.what == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if faults.what == "half" and _name == "write":
+                _original(args[0], args[1][: len(args[1]) // 2])
+            raise OSError(errno.EIO, "Input/output error")
+
+        monkeypatch.setattr(os, name, call)
+
+
+@pytest.mark.parametrize("what", ["fail", "half"])
+def test_a_system_call_that_fails(what, tmp_path, monkeypatch):
+    for at in itertools.count():
+        url = str(tmp_path / str(at))
+        Store(url).save(state(1), step=1)
+        faults, acknowledged = Faults(at, what), False
+        with monkeypatch.context() as patch:
+            patched_calls(patch, faults)
+            try:
+                Store(url, retention=Retention(last=1)).save(state(2), step=2)
+                acknowledged = True
+            except CheckpointError:
+                pass
+        after = Store(url, retention=Retention(last=1))
+        assert check(after.load_newest().state) in ((2,) if acknowledged else (1, 2)), at
+        after.save(state(3), step=3)
+        assert check(after.load_newest().state) == 3
+        assert [m.step for m in after.list()] == [3]
+        if faults.count < at:
+            break
+    assert at > 15
+
+
+def test_sigkill_at_every_system_call(tmp_path, monkeypatch):
+    for at in itertools.count():
+        url = str(tmp_path / str(at))
+        Store(url).save(state(1), step=1)
+        acknowledged = killed_while_saving(url, at, monkeypatch)
+        after = Store(url, retention=Retention(last=1))
+        assert check(after.load_newest().state) in ((2,) if acknowledged else (1, 2)), at
+        after.save(state(3), step=3)
+        assert check(after.load_newest().state) == 3
+        assert [m.step for m in after.list()] == [3]
+        if acknowledged:
+            break
+    assert at > 15
+
+
+def killed_while_saving(url: str, at: int, monkeypatch) -> bool:
+    """Whether a save in a process that is killed at its `at`th call came to its end before."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            with monkeypatch.context() as patch:
+                patched_calls(patch, Faults(at, "kill"))
+                Store(url, retention=Retention(last=1)).save(state(2), step=2)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    status = os.waitpid(pid, 0)[1]
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
+    return not os.WIFSIGNALED(status)
+
+
+# ------------------------------------------------------------------------------------------ an object store
+
+
+class FaultyFileSystem(MemoryFileSystem):
+    """Memory that misbehaves at one call, as an object store does. An object appears when it is whole."""
+
+    protocol = "faulty"
+    cachable = False
+    faults = Faults(-1, "")
+    store: dict = {}  # noqa: RUF012 - shared by all instances, as MemoryFileSystem's is
+    pseudo_dirs = [""]  # noqa: RUF012
+
+    def _fault(self, write: bool) -> str | None:
+        if not self.faults.now():
+            return None
+        if self.faults.what == "connection":
+            raise ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
+        if self.faults.what == "503":
+            raise OSError("503 Slow Down")
+        return self.faults.what if write else None
+
+    def pipe_file(self, path, value, mode="overwrite", **kwargs):
+        fault = self._fault(write=True)
+        if fault == "drop":
+            return
+        super().pipe_file(path, value[: len(value) // 2] if fault == "cut" else value, mode=mode, **kwargs)
+
+    def _open(self, path, mode="rb", **kwargs):
+        fault = self._fault(write="w" in mode)
+        file = super()._open(path, mode, **kwargs)
+        if fault in ("drop", "cut"):
+            write = file.write
+            file.write = lambda block: write(block[: len(block) // 2]) if fault == "cut" else len(block)
+        return file
+
+    def cat_file(self, path, start=None, end=None, **kwargs):
+        self._fault(write=False)
+        return super().cat_file(path, start=start, end=end, **kwargs)
+
+    def ls(self, path, detail=True, **kwargs):
+        self._fault(write=False)
+        return super().ls(path, detail=detail, **kwargs)
+
+    def rm_file(self, path):
+        if self._fault(write=True) != "drop":
+            super().rm_file(path)
+
+    def makedirs(self, path, exist_ok=False):
+        self._fault(write=False)
+        super().makedirs(path, exist_ok=exist_ok)
+
+
+@pytest.fixture
+def faulty():
+    fsspec.register_implementation("faulty", FaultyFileSystem, clobber=True)
+    FaultyFileSystem.faults = Faults(-1, "")
+    yield FaultyFileSystem
+    FaultyFileSystem.faults = Faults(-1, "")
+    FaultyFileSystem.store.clear()
+
+
+@pytest.mark.filterwarnings("ignore:The manifest of")
+@pytest.mark.parametrize("what", ["503", "connection", "drop", "cut"])
+def test_a_call_of_an_object_store_that_goes_wrong(what, faulty):
+    for at in itertools.count():
+        url = f"faulty://{what}{at}"
+        faulty.faults = Faults(-1, "")
+        Store(url).save(state(1), step=1)
+        faulty.faults, acknowledged = Faults(at, what), False
+        try:
+            Store(url).save(state(2), step=2)
+            acknowledged = True
+        except CheckpointError:
+            pass
+        reached = faulty.faults.count >= at
+        faulty.faults = Faults(-1, "")
+        newest = check(Store(url).load_newest().state)
+        assert newest == 2 if acknowledged else newest in (1, 2), at
+        Store(url).save(state(3), step=3)
+        assert check(Store(url).load_newest().state) == 3
+        if not reached:
+            break
+    assert at > 8
+
+
+def test_a_read_that_fails_is_an_error_and_not_a_damaged_checkpoint(faulty):
+    url = "faulty://reading"
+    Store(url).save(state(1), step=1)
+    Store(url).save(state(2), step=2)
+    for at in itertools.count():
+        faulty.faults = Faults(at, "503")
+        step, error = None, ""
+        try:
+            step = check(Store(url).load_newest().state)
+        except CheckpointError as failure:
+            error = str(failure)
+        assert step == 2 or "503" in error
+        if faulty.faults.count < at:
+            break
+    assert at > 5
+    faulty.faults = Faults(-1, "")
+    assert check(Store(url).load_newest().state) == 2
