@@ -7,9 +7,14 @@ replayed as indices. Everything else about the loader stays as the user made it.
 
 from __future__ import annotations
 
-import inspect
+import atexit
+import copy
+import dataclasses
+import itertools
 import random
 import signal
+import weakref
+from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -24,16 +29,23 @@ from torch.utils.data import (
     RandomSampler,
     Sampler,
     SequentialSampler,
+    get_worker_info,
 )
 
 from trainer.errors import DataError
-from trainer.sampling import Listed, Order, Permuted, Sequential, Share, batch_count, shares
+from trainer.sampling import Listed, Order, Permuted, Sequential, Share, as_ids, batch_count, shares
 from trainer.seed import isolate_rng
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from trainer.distributed import World
 
-__all__ = ["Feed", "make_feed", "to_device"]
+__all__ = ["Feed", "make_feed", "map_tensors", "to_device"]
+
+# A sampler without a length that gives more than so many items for each sample of its dataset is taken as endless.
+_ENDLESS = 100
+_NOTHING = object()
 
 
 class Feed:
@@ -41,7 +53,7 @@ class Feed:
 
     position: the gang's place after the newest batch, to be handed to `batches` again. weight: what the newest
     batch's mean loss is multiplied with (1.0 but for a last incomplete batch; 0.0 for a copy that stands in for a
-    missing sample). sized: whether `len` is known. indices: sample ids of the newest batch, if they are known.
+    missing sample). sized: whether `len` is known.
     """
 
     sized = True
@@ -49,13 +61,24 @@ class Feed:
     def __init__(self) -> None:
         self.position = 0
         self.weight = 1.0
-        self.indices: list[int] | None = None
+
+    @property
+    def indices(self) -> list[Any] | None:
+        """The sample ids of the newest batch, if they are known."""
+        return None
 
     def __len__(self) -> int:
         raise NotImplementedError
 
     def batches(self, epoch: int, consumed: int | None) -> Iterator[Any]:
-        """The rank's batches of an epoch from the gang's position `consumed` (None: from the start)."""
+        """The rank's batches of an epoch from the gang's position `consumed` (None: from the start).
+
+        Loader workers that do not persist end with the iterator, also when it is closed before its end.
+        """
+        raise NotImplementedError
+
+    def batches_done(self, position: int | None) -> int:
+        """How many of the epoch's `len` batches are over at a position that any number of ranks reached."""
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
@@ -65,51 +88,103 @@ class Feed:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take what `state_dict` returned."""
 
+    def close(self) -> None:
+        """End loader workers that persist."""
 
-class _Planned(Feed):
-    """Shares the machinery of the feeds that know their order: one iteration of the loader per epoch."""
 
-    def __init__(self, world_size: int, *, train: bool) -> None:
+# ------------------------------------------------------------------------------------------- sized, in a known order
+
+
+class _PlannedFeed(Feed):
+    """Batches of an order that is known before the epoch: what the feeds of samples and of batches share."""
+
+    def __init__(self, loader: DataLoader[Any], *, seed: int, rank: int, world_size: int, train: bool) -> None:
         super().__init__()
-        self._world_size = world_size
-        self._train = train
-        self._plan = _Plan()
-        self._loader: DataLoader[Any]
+        self._seed, self._rank, self._world_size, self._train = seed, rank, world_size, train
+        self._indices = _Indices(self)
+        self._batched = loader.batch_sampler is not None
+        self._keyed = loader.num_workers > 0
+        self._share: Share | None = None
+        # A copy instead of a new loader: a subclass keeps its attributes, whatever its __init__ takes.
+        self._loader = copy.copy(loader)
+        ours: dict[str, Any] = {"batch_sampler" if self._batched else "sampler": self._indices, "_iterator": None}
+        # The start of an iteration draws a seed for the workers: not from the main process's random state.
+        ours["generator"] = torch.Generator()
+        # Batches that overtake each other would make the position a lie.
+        ours["in_order"] = True
+        if self._keyed:
+            ours["dataset"] = _KeyedDataset(loader.dataset, seed)
+            ours["worker_init_fn"] = _WorkerInit(loader.worker_init_fn, loader.dataset)
+        self._loader.__dict__.update(ours)
 
     def _shares(self, epoch: int, consumed: int) -> Iterator[Share]:
         raise NotImplementedError
 
+    @property
+    def indices(self) -> list[Any] | None:
+        return None if self._share is None else self._share.ids[: max(self._share.seen, 1)].tolist()
+
     def batches(self, epoch: int, consumed: int | None) -> Iterator[Any]:
-        consumed = consumed or 0
-        self.position = consumed
-        # The loader's workers run ahead; the bookkeeping must not, so each side goes through the plan by itself.
-        self._plan.begin(epoch, lambda: self._shares(epoch, consumed))
-        if self._loader.generator is not None and getattr(self._loader, "_launch_owns_generator", False):
-            self._loader.generator.manual_seed(self._plan.seed ^ epoch)
-        for share, batch in zip(self._shares(epoch, consumed), self._loader, strict=True):
-            self.position = share.position
-            self.indices = share.ids[: max(share.seen, 1)].tolist()
-            if self._train:
-                self.weight = share.weight(self._world_size)
-            else:
-                self.weight = 1.0 if share.seen else 0.0
-            yield batch
+        start = self.position = consumed or 0
+        ahead: deque[Share] = deque()
+        # Workers run ahead, so the loader draws the shares and leaves each here until its batch arrives.
+        self._indices.begin = lambda: self._draw(epoch, start, ahead)
+        self._loader.generator.manual_seed(_key(self._seed, epoch, self._rank))
+        world_size, train = self._world_size, self._train
+        iterator = _open(self._loader)
+        try:
+            for batch in iterator:
+                self._share = share = ahead.popleft()
+                self.position = share.position
+                self.weight = share.weight(world_size) if train else float(share.seen > 0)
+                yield batch
+        finally:
+            if not self._loader.persistent_workers:
+                _end_workers(iterator)
+
+    def close(self) -> None:
+        _end_workers(self._loader._iterator)
+        self._loader._iterator = None
+
+    def _draw(self, epoch: int, start: int, ahead: deque[Share]) -> Iterator[Any]:
+        for share in self._shares(epoch, start):
+            ahead.append(share)
+            items = share.ids.tolist()
+            if self._keyed:
+                items = [((epoch, place), item) for place, item in zip(share.places.tolist(), items, strict=True)]
+            yield items if self._batched else items[0]
 
 
-class _SampleFeed(_Planned):
+class _SampleFeed(_PlannedFeed):
     """Samples by position: the global batch is cut into the ranks' shares."""
 
-    def __init__(self, *, size: int, batch_size: int, drop_last: bool, rank: int, world_size: int, train: bool) -> None:
-        super().__init__(world_size, train=train)
-        self._size, self._batch_size, self._drop_last, self._rank = size, batch_size, drop_last, rank
+    def __init__(self, loader: DataLoader[Any], *, drawn: _Drawn | None, shuffle: bool, **place: Any) -> None:
+        super().__init__(loader, **place)
+        inner = loader.batch_sampler
+        self._batch_size = int(inner.batch_size) if isinstance(inner, BatchSampler) else 1
+        self._drop_last = bool(inner.drop_last) if isinstance(inner, BatchSampler) else False
+        self._drawn, self._shuffle = drawn, shuffle
+        self._size = len(loader.dataset) if drawn is None else drawn.length  # type: ignore[arg-type] # is map-style
+        self.sized = self._size is not None
+
+    def _count(self, samples: int) -> int:
+        return batch_count(samples, batch_size=self._batch_size, world_size=self._world_size, drop_last=self._drop_last)
 
     def __len__(self) -> int:
-        return batch_count(
-            self._size, batch_size=self._batch_size, world_size=self._world_size, drop_last=self._drop_last
-        )
+        if self._size is None:
+            raise DataError("The length of an epoch is unknown: its sampler has no __len__.")
+        return self._count(self._size)
+
+    def batches_done(self, position: int | None) -> int:
+        if self._size is None:
+            return (position or 0) // (self._batch_size * self._world_size)
+        return len(self) - self._count(self._size - (position or 0))
 
     def _order(self, epoch: int) -> Order:
-        return self._plan.order(epoch)
+        if self._drawn is not None:
+            return Listed(self._drawn.items(epoch))
+        assert self._size is not None
+        return Permuted(self._size, seed=self._seed, epoch=epoch) if self._shuffle else Sequential(self._size)
 
     def _shares(self, epoch: int, consumed: int) -> Iterator[Share]:
         return shares(
@@ -122,115 +197,136 @@ class _SampleFeed(_Planned):
         )
 
 
-class _BatchFeed(_Planned):
+class _BatchFeed(_PlannedFeed):
     """A custom batch_sampler: whole batches go to the ranks in turn; the position counts batches."""
 
-    def __init__(self, count: int, *, rank: int, world_size: int, train: bool) -> None:
-        super().__init__(world_size, train=train)
-        self._count, self._rank = count, rank
+    def __init__(self, loader: DataLoader[Any], *, drawn: _Drawn, **place: Any) -> None:
+        super().__init__(loader, **place)
+        self._drawn = drawn
+        self.sized = drawn.length is not None
 
     def __len__(self) -> int:
-        return -(-self._count // self._world_size)
+        if self._drawn.length is None:
+            raise DataError("The length of an epoch is unknown: its batch_sampler has no __len__.")
+        return -(-self._drawn.length // self._world_size)
+
+    def batches_done(self, position: int | None) -> int:
+        if self._drawn.length is None:
+            return (position or 0) // self._world_size
+        return len(self) - -(-(self._drawn.length - (position or 0)) // self._world_size)
 
     def _shares(self, epoch: int, consumed: int) -> Iterator[Share]:
-        drawn = self._plan.drawn(epoch)
+        drawn = self._drawn.items(epoch)
         if not 0 <= consumed <= len(drawn):
             raise DataError(f"The position {consumed} is outside of {len(drawn)} batches: has the dataset changed?")
         for base in range(consumed, len(drawn), self._world_size):
             group = drawn[base : base + self._world_size]
-            own = group[self._rank] if self._rank < len(group) else group[0]
+            number = self._rank if self._rank < len(group) else 0
+            own = as_ids(list(group[number]))
+            # A batch may have up to 2**20 samples before two of an epoch have the same place.
+            places = ((base + number) << 20) + np.arange(len(own), dtype=np.int64)
             seen = len(own) if self._rank < len(group) else 0
-            total = sum(len(b) for b in group)
-            yield Share(np.asarray(own, dtype=np.int64), seen, total, base + len(group))
+            yield Share(own, places, seen, sum(len(b) for b in group), base + len(group))
 
 
-class _Plan:
-    """What an epoch's order is; made by `make_feed`, read by the feed and, through `_Indices`, by the loader."""
+class _Drawn:
+    """What a custom sampler or batch_sampler gives in an epoch: the same on every rank, and again after a resume."""
 
-    def __init__(self) -> None:
-        self.seed = 0
-        self.shuffle = False
-        self.size = 0
-        self.source: Any = None  # a custom sampler or batch_sampler to draw from
-        self._drawn_for: int | None = None
-        self._drawn: list[Any] = []
-        self._epoch = 0
-        self._begin: Any = lambda: iter(())
+    def __init__(self, source: Any, loader: DataLoader[Any], seed: int) -> None:
+        self._source, self._seed = source, seed
+        self._limit = _ENDLESS * max(1000, len(loader.dataset))  # type: ignore[arg-type] # is map-style
+        try:
+            self.length: int | None = len(source)
+        except (TypeError, NotImplementedError):
+            self.length = None
+        self._epoch: int | None = None
+        self._items: list[Any] = []
 
-    def order(self, epoch: int) -> Order:
-        if self.source is not None:
-            return Listed(self.drawn(epoch))
-        return Permuted(self.size, seed=self.seed, epoch=epoch) if self.shuffle else Sequential(self.size)
+    def items(self, epoch: int) -> list[Any]:
+        """Draw, unless this epoch was drawn last.
 
-    def drawn(self, epoch: int) -> list[Any]:
-        """The custom sampler's items of an epoch: the same on every rank, and again after a resume."""
-        if self._drawn_for != epoch:
-            with isolate_rng():
-                key = _key(self.seed, epoch, 0)
-                _seed_all(key)
-                generator = getattr(self.source, "generator", None)
-                if isinstance(generator, torch.Generator):
-                    generator.manual_seed(key)
-                if callable(set_epoch := getattr(self.source, "set_epoch", None)):
+        Raises:
+            DataError: the sampler is endless, or gives another number of items than its len().
+        """
+        if self._epoch != epoch:
+            self._items = self._draw(epoch)
+            self._epoch = epoch
+        return self._items
+
+    def _draw(self, epoch: int) -> list[Any]:
+        name = type(self._source).__name__
+        owners = [self._source, getattr(self._source, "sampler", None)]
+        generators = {id(g): g for o in owners if isinstance(g := getattr(o, "generator", None), torch.Generator)}
+        states = {i: g.get_state() for i, g in generators.items()}
+        key = _key(self._seed, epoch)
+        with isolate_rng():
+            _seed_all(key)
+            for generator in generators.values():
+                generator.manual_seed(key & 0x7FFFFFFFFFFFFFFF)
+            for owner in owners:
+                if callable(set_epoch := getattr(owner, "set_epoch", None)):
                     set_epoch(epoch)
-                self._drawn = list(self.source)
-            self._drawn_for = epoch
-        return self._drawn
-
-    def begin(self, epoch: int, start: Any) -> None:
-        self._epoch, self._begin = epoch, start
-
-    def ids(self) -> Iterator[tuple[int, list[int]]]:
-        for share in self._begin():
-            yield self._epoch, share.ids.tolist()
+            items = list(itertools.islice(self._source, self._limit + 1))
+        for i, generator in generators.items():
+            generator.set_state(states[i])
+        if len(items) > self._limit:
+            raise DataError(
+                f"{name} gave more than {self._limit} items without an end. An endless sampler cannot be shared "
+                "between ranks or resumed: let it end with its epoch, or use an IterableDataset."
+            )
+        if self.length is not None and len(items) != self.length:
+            raise DataError(
+                f"{name} gave {len(items)} items in epoch {epoch}, but its len() is {self.length}. Mend its __len__, "
+                "or leave it out if the number is not known beforehand."
+            )
+        return items
 
 
 class _Indices(Sampler[Any]):
-    """The batch_sampler (or, unbatched, sampler) of the re-made loader."""
+    """The batch_sampler (or, unbatched, sampler) of the copied loader."""
 
-    def __init__(self, plan: _Plan, length: Any, *, keyed: bool, batched: bool) -> None:
-        self._plan, self._length, self._keyed, self._batched = plan, length, keyed, batched
+    def __init__(self, feed: Feed) -> None:
+        self._feed = weakref.ref(feed)
+        self.begin: Callable[[], Iterator[Any]] = lambda: iter(())
 
     def __iter__(self) -> Iterator[Any]:
-        for epoch, ids in self._plan.ids():
-            items = [(epoch, i) for i in ids] if self._keyed else ids
-            yield items if self._batched else items[0]
+        return self.begin()
 
     def __len__(self) -> int:
-        return int(self._length())
+        feed = self._feed()
+        return 0 if feed is None else len(feed)
+
+
+# ------------------------------------------------------------------------------------------------ loader workers
 
 
 class _KeyedDataset:
-    """In loader workers: the random state at each sample is a function of (seed, epoch, sample).
+    """In loader workers: the random state at each sample is a function of (seed, epoch, place in the epoch).
 
-    So augmentation is the same whichever worker, rank or resumed process loads the sample. Without workers the
-    dataset draws from the main process's generators, whose state is in the checkpoint.
+    So augmentation is the same whichever worker, rank or resumed process loads the sample, and a sample that is drawn
+    twice is augmented in two ways. Without workers the dataset draws from the main process's generators, whose state
+    is in the checkpoint.
     """
 
     def __init__(self, dataset: Any, seed: int) -> None:
         self._dataset, self._seed = dataset, seed
 
-    def __getitem__(self, item: tuple[int, int]) -> Any:
-        epoch, index = item
-        _seed_all(_key(self._seed, epoch, index))
+    def __getitem__(self, item: tuple[tuple[int, int], Any]) -> Any:
+        key, index = item
+        _seed_all(_key(self._seed, *key))
         return self._dataset[index]
 
-    def __len__(self) -> int:
-        return len(self._dataset)
-
     def __getattr__(self, name: str) -> Any:
-        # worker_init_fn and collate_fn may look for the user's own attributes through get_worker_info().dataset.
-        if name.startswith("__") and name != "__getitems__":
+        # torch asks whether the dataset loads whole batches; nothing else is looked for on it in a worker.
+        if name != "__getitems__":
             raise AttributeError(name)
-        if name == "__getitems__":
-            batched = self._dataset.__getitems__
+        batched = self._dataset.__getitems__
 
-            def getitems(items: list[tuple[int, int]]) -> Any:
-                _seed_all(_key(self._seed, *items[0]))
-                return batched([index for _, index in items])
+        def getitems(items: list[tuple[tuple[int, int], Any]]) -> Any:
+            _seed_all(_key(self._seed, *items[0][0]))
+            return batched([index for _, index in items])
 
-            return getitems
-        return getattr(self.__dict__["_dataset"], name)
+        return getitems if batched else None
 
     def __reduce__(self) -> Any:
         return _KeyedDataset, (self._dataset, self._seed)
@@ -239,19 +335,64 @@ class _KeyedDataset:
 class _WorkerInit:
     """First in every loader worker: leave SIGTERM to the rank, which saves and then ends its workers itself."""
 
-    def __init__(self, user: Any) -> None:
-        self._user = user
+    def __init__(self, user: Any, dataset: Any = None) -> None:
+        self._user, self._dataset = user, dataset
 
     def __call__(self, worker: int) -> None:
-        # Slurm signals every process of a step; a loader that dies first takes the save down with it.
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        # Slurm signals every process of a step; a loader that dies first takes the save down with it. A handler and
+        # not SIG_IGN, which a program that the dataset starts would inherit.
+        signal.signal(signal.SIGTERM, _leave_it_to_the_rank)
         if self._user is not None:
+            info = get_worker_info()
+            if self._dataset is not None and info is not None:
+                # The user's function may set up the dataset of this worker: theirs, not the one around it.
+                around: Any = info.dataset
+                info.__dict__["dataset"] = around._dataset
             self._user(worker)
 
 
-def _key(seed: int, epoch: int, sample: int) -> int:
-    values = np.random.SeedSequence([seed & 0xFFFFFFFFFFFFFFFF, epoch, sample]).generate_state(2)
-    return int(values[0]) << 32 | int(values[1])
+def _leave_it_to_the_rank(signum: int, frame: Any) -> None:
+    """Nothing."""
+
+
+_running: weakref.WeakSet[Any] = weakref.WeakSet()
+_ends_at_exit = False
+
+
+def _open(loader: Any) -> Iterator[Any]:
+    """Begin an iteration; at the latest when python exits its workers end.
+
+    multiprocessing would send them SIGTERM then, which they leave to the rank, and wait for them for ever.
+    """
+    global _ends_at_exit
+    iterator: Iterator[Any] = iter(loader)
+    if getattr(iterator, "_workers", None):
+        if not _ends_at_exit:
+            atexit.register(_end_all_workers)
+            _ends_at_exit = True
+        _running.add(iterator)
+    return iterator
+
+
+def _end_all_workers() -> None:
+    for iterator in list(_running):
+        _end_workers(iterator)
+
+
+def _end_workers(iterator: Any) -> None:
+    workers = getattr(iterator, "_workers", None)
+    if workers:
+        iterator._shutdown_workers()
+        for worker in workers:
+            if worker.is_alive():  # stuck in a sample, and deaf to SIGTERM
+                worker.kill()
+                worker.join()
+        _running.discard(iterator)
+
+
+def _key(*values: int) -> int:
+    low, high = np.random.SeedSequence([v & 0xFFFFFFFFFFFFFFFF for v in values]).generate_state(2)
+    return int(high) << 32 | int(low)
 
 
 def _seed_all(key: int) -> None:
@@ -260,14 +401,23 @@ def _seed_all(key: int) -> None:
     torch.default_generator.manual_seed(key & 0x7FFFFFFFFFFFFFFF)
 
 
-class _StreamFeed(Feed):
-    """Batches that come in an order of their own: iterable datasets, and iterables that are no DataLoader."""
+# ----------------------------------------------------------------------------------------- in an order of their own
 
-    def __init__(self, loader: Any, *, train: bool) -> None:
+
+class _StreamFeed(Feed):
+    """Batches that come in an order of their own: iterable datasets, and iterables that are no DataLoader.
+
+    The loop looks one batch ahead where there is no length, to know the last one. So that a resumed run is the same,
+    the loader's state is kept as of the batch in hand, and what is drawn at random for a batch (without workers) is
+    keyed by its place.
+    """
+
+    def __init__(self, loader: Any, *, seed: int, rank: int, train: bool) -> None:
         super().__init__()
         self.loader = loader
-        self._train = train
+        self._seed, self._rank, self._train = seed, rank, train
         self._pending: dict[str, Any] | None = None
+        self._kept: tuple[int, Any] | None = None
         self._stateful = callable(getattr(loader, "state_dict", None)) and callable(
             getattr(loader, "load_state_dict", None)
         )
@@ -279,39 +429,87 @@ class _StreamFeed(Feed):
     def __len__(self) -> int:
         return len(self.loader)
 
-    def batches(self, epoch: int, consumed: int | None) -> Iterator[Any]:
-        consumed = consumed or 0
-        self.position = consumed
-        self._set_epoch(epoch)
-        if self._pending is not None:
-            self.loader.load_state_dict(self._pending)
-            self._pending = None
-            batches = iter(self.loader)
-        elif consumed and hasattr(type(self.loader), "__getitem__") and self.sized:
-            batches = (self.loader[i] for i in range(consumed, len(self.loader)))
-        elif consumed:
-            raise DataError(
-                f"The run stopped after {consumed} batches of a {type(self.loader).__name__} over an iterable dataset, "
-                "which cannot say where it was. Use torchdata's StatefulDataLoader, or give the loader state_dict() and "
-                "load_state_dict(); to begin the epoch anew instead, resume from a checkpoint of an epoch's end."
-            )
-        else:
-            batches = iter(self.loader)
-        for batch in batches:
-            self.position += 1
-            yield batch
+    def batches_done(self, position: int | None) -> int:
+        return position or 0
 
-    def _set_epoch(self, epoch: int) -> None:
-        for owner in (getattr(self.loader, "dataset", None), getattr(self.loader, "sampler", None), self.loader):
+    def batches(self, epoch: int, consumed: int | None) -> Iterator[Any]:
+        self.position = consumed or 0
+        self._kept = None
+        iterator = self._begin(epoch, self.position)
+        looks_ahead = self._train and not self.sized
+        keyed = looks_ahead and not getattr(self.loader, "num_workers", 0)
+        try:
+            while True:
+                if keyed:
+                    with isolate_rng():
+                        _seed_all(_key(self._seed, epoch, self.position, self._rank))
+                        batch = next(iterator, _NOTHING)
+                else:
+                    batch = next(iterator, _NOTHING)
+                if batch is _NOTHING:
+                    return
+                self.position += 1
+                yield batch
+                if looks_ahead and self._stateful:
+                    self._kept = self.position, copy.deepcopy(self.loader.state_dict())
+        finally:
+            if not getattr(self.loader, "persistent_workers", False):
+                _end_workers(iterator)
+
+    def _begin(self, epoch: int, consumed: int) -> Iterator[Any]:
+        loader = self.loader
+        for owner in (getattr(loader, "dataset", None), getattr(loader, "sampler", None), loader):
             if callable(set_epoch := getattr(owner, "set_epoch", None)):
                 set_epoch(epoch)
+        if self._pending is not None:
+            loader.load_state_dict(self._pending)
+            self._pending = None
+        elif consumed and hasattr(type(loader), "__getitem__") and self.sized:
+            return (loader[i] for i in range(consumed, len(loader)))
+        elif consumed and self._stateful:
+            raise DataError(
+                f"The run stopped after {consumed} batches of a {type(loader).__name__} whose state was saved by each "
+                "rank for itself, and this rank has none: the number of ranks has changed. Resume with the same "
+                "number, or from a checkpoint of an epoch's end."
+            )
+        elif consumed:
+            raise DataError(
+                f"The run stopped after {consumed} batches of a {type(loader).__name__} that cannot say where it was. "
+                "Use torchdata's StatefulDataLoader, or give the loader state_dict() and load_state_dict(); to begin "
+                "the epoch anew instead, resume from a checkpoint of an epoch's end."
+            )
+        if not isinstance(loader, DataLoader):
+            return _open(loader)
+        # For as long as it takes to begin: seeds that do not come from the main process's random state, and
+        # workers that leave SIGTERM to the rank.
+        generator, init = loader.generator, loader.worker_init_fn
+        if generator is None:
+            loader.generator = torch.Generator().manual_seed(_key(self._seed, epoch, self._rank) >> 1)
+        if loader.num_workers:
+            loader.worker_init_fn = _WorkerInit(init)
+        try:
+            return _open(loader)
+        finally:
+            loader.generator, loader.worker_init_fn = generator, init
+
+    def close(self) -> None:
+        if getattr(self.loader, "persistent_workers", False):
+            _end_workers(self.loader._iterator)
+            self.loader._iterator = None
 
     def state_dict(self) -> dict[str, Any]:
-        return {"loader": self.loader.state_dict()} if self._stateful and self._train else {}
+        if not (self._stateful and self._train):
+            return {}
+        if self._kept is not None and self._kept[0] == self.position:
+            return {"loader": self._kept[1]}
+        return {"loader": self.loader.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if self._stateful and "loader" in state:
             self._pending = state["loader"]
+
+
+# ------------------------------------------------------------------------------------------------- making a feed
 
 
 def make_feed(
@@ -326,134 +524,81 @@ def make_feed(
     """The feed of a loader: a DataLoader, or any iterable of batches.
 
     shuffle_override: False for the dataset's own order whatever the loader says. distribute=False: this rank gets
-    all that the loader gives (its sampler is the user's business).
-
-    Raises:
-        DataError: the loader cannot be re-made, or what it draws from is empty or endless.
+    all that the loader gives (its sampler is the user's business). So it does with a subclass of torch's
+    DistributedSampler, which gives each rank its own part already.
     """
+    seed = seed or 0
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
-        return _StreamFeed(loader, train=train)
+        return _StreamFeed(loader, seed=seed, rank=world.rank, train=train)
+    batch_sampler = loader.batch_sampler
+    custom_batches = batch_sampler is not None and type(batch_sampler) is not BatchSampler
+    # Of a BatchSampler that the user made, loader.sampler knows nothing.
+    sampler: Any = batch_sampler.sampler if type(batch_sampler) is BatchSampler else loader.sampler
+    shuffle = _shuffles(sampler, distribute=distribute)
+    if isinstance(sampler, DistributedSampler) and shuffle is None:
+        distribute = False
     rank, world_size = (world.rank, world.size) if distribute else (0, 1)
-    size = len(loader.dataset)  # type: ignore[arg-type]  # a map-style dataset has one
-    plan_source, shuffle = _what_it_draws(loader)
-    if shuffle_override is not None and plan_source is None:
-        shuffle = shuffle_override
-    custom_batches = loader.batch_sampler is not None and type(loader.batch_sampler) is not BatchSampler
-    feed: _Planned
+    place = {"seed": seed, "rank": rank, "world_size": world_size, "train": train}
     if custom_batches:
-        feed = _BatchFeed(_length(loader.batch_sampler, loader), rank=rank, world_size=world_size, train=train)
-    else:
-        inner = loader.batch_sampler
-        feed = _SampleFeed(
-            size=size if plan_source is None else _length(plan_source, loader),
-            batch_size=int(inner.batch_size) if isinstance(inner, BatchSampler) else 1,
-            drop_last=bool(inner.drop_last) if isinstance(inner, BatchSampler) else False,
-            rank=rank,
-            world_size=world_size,
-            train=train,
-        )
-    plan = feed._plan
-    plan.seed, plan.shuffle, plan.size, plan.source = seed or 0, shuffle, size, plan_source
-    keyed = loader.num_workers > 0
-    indices = _Indices(plan, lambda: len(feed), keyed=keyed, batched=loader.batch_sampler is not None)
-    feed._loader = _remake(loader, indices, seed or 0, keyed=keyed)
-    return feed
+        return _BatchFeed(loader, drawn=_Drawn(batch_sampler, loader, seed), **place)
+    if shuffle is None:
+        return _SampleFeed(loader, drawn=_Drawn(sampler, loader, seed), shuffle=False, **place)
+    return _SampleFeed(loader, drawn=None, shuffle=shuffle if shuffle_override is None else shuffle_override, **place)
 
 
-def _what_it_draws(loader: DataLoader[Any]) -> tuple[Any, bool]:
-    """A custom sampler or batch_sampler to draw from (or None), and whether torch's own shuffles."""
-    if loader.batch_sampler is not None and type(loader.batch_sampler) is not BatchSampler:
-        return loader.batch_sampler, False
-    sampler: Any = loader.sampler
+def _shuffles(sampler: Any, *, distribute: bool) -> bool | None:
+    """Whether torch's own sampler shuffles; None for one that has to be asked what it gives."""
     if type(sampler) is SequentialSampler:
-        return None, False
-    if type(sampler) is DistributedSampler:
-        return None, bool(sampler.shuffle)
+        return False
+    if type(sampler) is DistributedSampler and distribute:
+        return bool(sampler.shuffle)
     if type(sampler) is RandomSampler and not sampler.replacement and sampler.num_samples == len(sampler.data_source):
-        return None, True
-    return sampler, False
+        return True
+    return None
 
 
-def _length(sampler: Any, loader: DataLoader[Any]) -> int:
-    try:
-        return len(sampler)
-    except TypeError as error:
-        raise DataError(
-            f"{type(sampler).__name__} of the {type(loader).__name__} has no length, so it cannot be shared between "
-            "ranks or resumed. Give it __len__, or use an IterableDataset."
-        ) from error
-
-
-def _remake(loader: DataLoader[Any], indices: _Indices, seed: int, *, keyed: bool) -> DataLoader[Any]:
-    """The same loader over our indices; a subclass is made again through its own __init__."""
-    arguments: dict[str, Any] = {
-        "dataset": _KeyedDataset(loader.dataset, seed) if keyed else loader.dataset,
-        "num_workers": loader.num_workers,
-        "collate_fn": loader.collate_fn,
-        "pin_memory": loader.pin_memory,
-        "timeout": loader.timeout,
-        "worker_init_fn": _WorkerInit(loader.worker_init_fn) if keyed else loader.worker_init_fn,
-        "multiprocessing_context": loader.multiprocessing_context,
-        "prefetch_factor": loader.prefetch_factor,
-        "persistent_workers": loader.persistent_workers,
-        "pin_memory_device": loader.pin_memory_device,
-        "in_order": getattr(loader, "in_order", True),
-        # A generator of its own: else each epoch's start would draw from the main process's random state.
-        "generator": loader.generator or torch.Generator(),
-    }
-    if loader.batch_sampler is None:
-        arguments |= {"sampler": indices, "batch_size": None}
-    else:
-        arguments |= {"batch_sampler": indices}
-    kind = type(loader)
-    if kind is not DataLoader:
-        arguments = _subclass_arguments(loader, arguments)
-    try:
-        remade = kind(**arguments)
-    except TypeError as error:
-        raise DataError(
-            f"{kind.__name__} cannot be made again with another sampler: {error}. Let its __init__ take **kwargs and "
-            "hand them to DataLoader, or pass Trainer(use_distributed_sampler=False)."
-        ) from error
-    remade._launch_owns_generator = loader.generator is None  # type: ignore[attr-defined]
-    return remade
-
-
-def _subclass_arguments(loader: DataLoader[Any], ours: dict[str, Any]) -> dict[str, Any]:
-    parameters = inspect.signature(type(loader).__init__).parameters
-    takes_rest = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    arguments = {k: v for k, v in ours.items() if takes_rest or k in parameters}
-    for name, parameter in list(parameters.items())[1:]:
-        if name in arguments or parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
-            continue
-        if hasattr(loader, name) and name not in ("batch_size", "shuffle", "sampler", "drop_last", "batch_sampler"):
-            arguments[name] = getattr(loader, name)
-        elif parameter.default is parameter.empty:
-            raise DataError(
-                f"{type(loader).__name__}.__init__ needs {name!r}, and the loader has no attribute of that name: keep "
-                f"it as self.{name}, so that the loader can be made again with a sampler for several ranks."
-            )
-    return arguments
+# ------------------------------------------------------------------------------------------------ on the device
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
     """Every tensor of a nested batch (and whatever has `.to(device)`) on the device; pinned tensors without waiting."""
+
+    def move(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.to(device, non_blocking=device.type == "cuda" and value.device.type == "cpu")
+        moved = value.to(device)
+        return value if moved is None else moved
+
+    return map_tensors(batch, move, objects=True)
+
+
+def map_tensors(batch: Any, function: Callable[[Any], Any], *, objects: bool = False) -> Any:
+    """The batch with `function(tensor)` in place of its tensors, in lists, tuples, mappings and dataclasses.
+
+    objects: call it for other things with a `.to` method as well (a PackedSequence, a graph batch, a BatchEncoding).
+    """
     if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=batch.device.type == "cpu" and device.type == "cuda")
-    if isinstance(batch, Mapping):
-        moved = {k: to_device(v, device) for k, v in batch.items()}
-        if type(batch) is dict:
-            return moved
-        try:
-            return type(batch)(moved)  # type: ignore[call-arg]  # mappings take a mapping, by convention
-        except TypeError:
-            return moved
+        return function(batch)
+    if type(batch) in (list, tuple):
+        return type(batch)(map_tensors(v, function, objects=objects) for v in batch)
+    if type(batch) is dict:
+        return {k: map_tensors(v, function, objects=objects) for k, v in batch.items()}
+    if objects and callable(getattr(batch, "to", None)):
+        return function(batch)
     if isinstance(batch, tuple):
-        parts = [to_device(v, device) for v in batch]
-        return type(batch)(*parts) if hasattr(batch, "_fields") else tuple(parts)
+        parts = [map_tensors(v, function, objects=objects) for v in batch]
+        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
     if isinstance(batch, list):
-        return [to_device(v, device) for v in batch]
-    if callable(getattr(batch, "to", None)):
-        moved_object = batch.to(device)
-        return batch if moved_object is None else moved_object
+        return [map_tensors(v, function, objects=objects) for v in batch]
+    if isinstance(batch, Mapping):
+        changed = copy.copy(batch)
+        for key, value in batch.items():
+            changed[key] = map_tensors(value, function, objects=objects)  # type: ignore[index] # they are mutable
+        return changed
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        other = copy.copy(batch)
+        for field in dataclasses.fields(batch):
+            value = map_tensors(getattr(batch, field.name), function, objects=objects)
+            object.__setattr__(other, field.name, value)  # also of a frozen one
+        return other
     return batch

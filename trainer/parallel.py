@@ -358,7 +358,7 @@ def _units(module: nn.Module, wanted: type[nn.Module] | tuple[type[nn.Module], .
     """What is sharded as one unit, inner modules before those that hold them."""
     if wanted is None:
         return list(_blocks(module))
-    found = []
+    found: list[nn.Module] = []
     for child in reversed([m for m in module.modules() if m is not module]):
         if isinstance(wanted, int):
             size = sum(p.numel() for p in child.parameters())

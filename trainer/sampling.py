@@ -18,7 +18,7 @@ from trainer.errors import DataError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-__all__ = ["Listed", "Order", "Permuted", "Sequential", "Share", "batch_count", "shares"]
+__all__ = ["Listed", "Order", "Permuted", "Sequential", "Share", "as_ids", "batch_count", "shares"]
 
 Places = npt.NDArray[np.int64]
 Ids = npt.NDArray[Any]  # of int64, but for custom samplers whose items are no numbers
@@ -59,12 +59,7 @@ class Listed:
     """An order that was drawn beforehand, such as that of a custom sampler. Its items need not be numbers."""
 
     def __init__(self, items: Sequence[Any]) -> None:
-        if all(isinstance(item, (int, np.integer)) for item in items):
-            self._items = np.asarray(items, dtype=np.int64)
-        else:
-            self._items = np.empty(len(items), dtype=object)
-            for place, item in enumerate(items):
-                self._items[place] = item
+        self._items = as_ids(items)
 
     def __len__(self) -> int:
         return len(self._items)
@@ -72,6 +67,16 @@ class Listed:
     def ids(self, positions: Places) -> Ids:
         """What was drawn at these positions."""
         return self._items[positions]
+
+
+def as_ids(items: Sequence[Any]) -> Ids:
+    """Sample ids as an array, of whatever kind they are."""
+    if all(isinstance(item, (int, np.integer)) for item in items):
+        return np.asarray(items, dtype=np.int64)
+    ids = np.empty(len(items), dtype=object)
+    for place, item in enumerate(items):
+        ids[place] = item
+    return ids
 
 
 class Permuted:
