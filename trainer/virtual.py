@@ -1,0 +1,213 @@
+"""Training whose weights do not depend, in a single bit, on the number of ranks.
+
+A step's batch is cut into a fixed number of virtual ranks' shares. A rank runs the shares that are its own, one after
+another, each from the same buffers and from random states that are a function of (seed, step, virtual rank). The
+gradients are summed along one fixed binary tree over the virtual ranks, whoever computed them. What remains to be kept
+fixed outside: the number of intra-op threads, the kind of processor, and deterministic kernels.
+
+The idea is EasyScale's (Li et al., SC 2023); the tree lets a rank send sums of its own shares in place of all of them.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from trainer.errors import ConfigError, ModuleError
+from trainer.sampling import Order, Share, shares
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from trainer.distributed import World
+
+__all__ = ["VirtualRanks", "own_range", "subtrees", "tree_sum", "virtual_shares"]
+
+
+def own_range(count: int, rank: int, world_size: int) -> range:
+    """The virtual ranks that a rank runs: neighbours, and as many as any other rank, or one more or less.
+
+    Raises:
+        ConfigError: there are fewer virtual ranks than ranks.
+    """
+    if count < world_size:
+        raise ConfigError(
+            f"virtual_ranks={count} leaves some of {world_size} ranks without work; use a number that is at least the "
+            "largest number of ranks this run may have."
+        )
+    return range(rank * count // world_size, (rank + 1) * count // world_size)
+
+
+def virtual_shares(
+    order: Order, *, batch_size: int, count: int, own: range, start: int = 0, drop_last: bool = False
+) -> Iterator[list[tuple[int, Share]]]:
+    """Per step, what this rank runs: (virtual rank, share) pairs, none for virtual ranks that have no sample left.
+
+    batch_size is per virtual rank. The first virtual rank always has a sample, so that on rank 0 no list is empty.
+    """
+    each = [
+        shares(order, batch_size=batch_size, rank=v, world_size=count, start=start, drop_last=drop_last) for v in own
+    ]
+    for step in zip(*each, strict=True):
+        yield [(v, share) for v, share in zip(own, step, strict=True) if share.seen]
+
+
+def subtrees(first: int, stop: int) -> list[tuple[int, int]]:
+    """The fewest whole subtrees, as (level, index), whose leaves are first to stop - 1, from left to right.
+
+    Subtree (l, i) has the leaves i * 2**l to (i + 1) * 2**l - 1.
+    """
+    found = []
+    while first < stop:
+        level = min((first & -first).bit_length() - 1 if first else 63, (stop - first).bit_length() - 1)
+        found.append((level, first >> level))
+        first += 1 << level
+    return found
+
+
+def tree_sum(nodes: dict[tuple[int, int], Tensor], leaves: int) -> Tensor:
+    """The sum over leaves 0 to leaves - 1, in the tree's order, from any whole subtrees that cover them once."""
+
+    def value(level: int, index: int) -> Tensor | None:
+        if (level, index) in nodes:
+            return nodes[level, index]
+        if level == 0 or index << level >= leaves:
+            return None
+        left, right = value(level - 1, 2 * index), value(level - 1, 2 * index + 1)
+        return left if right is None or left is None else left + right
+
+    total = value((leaves - 1).bit_length(), 0)
+    assert total is not None, "no subtree covers the first leaf"
+    return total
+
+
+class VirtualRanks:
+    """Runs a module's shares and sums their gradients; the same bits on any number of ranks.
+
+    For each step: `begin(total)`; for each own share `enter(step, virtual rank)`, forward, backward of its mean loss
+    times `share.seen / share.total`, `add(virtual rank, share)`; then `finish()`, after which every rank's `.grad`s
+    and buffers are the whole batch's.
+    """
+
+    def __init__(self, module: nn.Module, world: World, count: int, *, seed: int) -> None:
+        self.count, self.seed = count, seed
+        self.own = own_range(count, world.rank, world.size)
+        self._module, self._world = module, world
+        self._parameters: list[nn.Parameter] = []
+        self._floating: list[Tensor] = []
+        self._whole: list[Tensor] = []
+        self._before: dict[int, Tensor] = {}
+        self._counted: list[Tensor] = []
+        self._nodes: dict[tuple[int, int], Tensor] = {}
+        self._active = 0
+        for name, parameter in module.named_parameters():
+            if hasattr(parameter, "full_tensor"):
+                raise ConfigError(f"virtual_ranks needs whole parameters on each rank, and {name} is sharded: use ddp.")
+
+    def begin(self, total: int) -> None:
+        """A step over `total` samples begins."""
+        self._active = min(self.count, total)
+        self._parameters = [p for p in self._module.parameters() if p.requires_grad]
+        dtypes = {p.dtype for p in self._parameters}
+        if len(dtypes) > 1:
+            raise ModuleError(f"virtual_ranks needs parameters of one dtype, and there are {sorted(map(str, dtypes))}.")
+        buffers = list(self._module.buffers())
+        self._floating = [b for b in buffers if b.is_floating_point()]
+        self._whole = [b for b in buffers if not b.is_floating_point()]
+        self._before = {id(b): b.clone() for b in buffers}
+        self._nodes = {}
+
+    def enter(self, step: int, virtual_rank: int) -> None:
+        """Set all random states to what they are for this share."""
+        key = int(np.random.SeedSequence([self.seed, step, virtual_rank]).generate_state(1, np.uint64)[0])
+        random.seed(key)
+        np.random.seed(key & 0xFFFFFFFF)
+        torch.manual_seed(key >> 1)
+
+    def add(self, virtual_rank: int, share: Share) -> None:
+        """Take this share's gradients and buffers out of the module, and put the buffers of before back."""
+        weight = share.seen / share.total
+        with torch.no_grad():
+            node = self._collect(weight)
+            if virtual_rank == 0:  # its counters (such as num_batches_tracked) become everyone's
+                self._counted = [b.clone() for b in self._whole]
+            for buffer in (*self._floating, *self._whole):
+                buffer.copy_(self._before[id(buffer)])
+        level, index = 0, virtual_rank
+        # Whole subtrees of two own children become one; what hangs over waits for its sibling, here or elsewhere.
+        while index % 2 and (level, index - 1) in self._nodes:
+            node = self._nodes.pop((level, index - 1)) + node
+            level, index = level + 1, index // 2
+        self._nodes[level, index] = node
+
+    def _collect(self, weight: float) -> Tensor:
+        """One vector: gradients, which parameters have one, weighted changes of floating buffers."""
+        parameters = self._parameters
+        dtype, device = parameters[0].dtype, parameters[0].device
+        parts = [torch.zeros_like(p).view(-1) if p.grad is None else p.grad.reshape(-1) for p in parameters]
+        parts.append(torch.tensor([p.grad is not None for p in parameters], dtype=dtype, device=device))
+        for now in self._floating:
+            before = self._before[id(now)]
+            # Equal ones are left out before they are subtracted: a mask's -inf less -inf is not 0.
+            change = torch.where(now == before, torch.zeros_like(now), now - before) * weight
+            parts.append(change.reshape(-1).to(dtype))
+        for parameter in parameters:
+            parameter.grad = None
+        return torch.cat(parts)
+
+    def finish(self) -> None:
+        """Sum over all virtual ranks; every rank must call it, also one that had no share in this step."""
+        with torch.no_grad():
+            total = self._exchange() if self._world.size > 1 else tree_sum(self._nodes, self._active)
+            self._nodes = {}
+            start = 0
+            used = total[sum(p.numel() for p in self._parameters) :]
+            for number, parameter in enumerate(self._parameters):
+                if used[number]:
+                    parameter.grad = total[start : start + parameter.numel()].view_as(parameter).clone()
+                start += parameter.numel()
+            start += len(self._parameters)
+            for buffer in self._floating:
+                buffer += total[start : start + buffer.numel()].view_as(buffer).to(buffer.dtype)
+                start += buffer.numel()
+            for number, buffer in enumerate(self._whole):
+                if self._world.rank == 0:
+                    buffer.copy_(self._counted[number])
+                if self._world.size > 1:
+                    dist.broadcast(buffer, src=0)
+
+    def _exchange(self) -> Tensor:
+        """Each rank sums a slice of the vector over all subtrees, in the tree's order, and all share the slices.
+
+        With as many subtrees per rank as one (V and W powers of two) this moves what a ring all-reduce moves.
+        """
+        world, size = self._world, self._world.size
+        owned = [
+            subtrees(r.start, min(r.stop, self._active))
+            for r in (own_range(self.count, rank, size) for rank in range(size))
+        ]
+        length = self._length()
+        chunk = -(-length // size)
+        first = self._parameters[0]
+        mine = torch.zeros(len(self._nodes), size * chunk, dtype=first.dtype, device=first.device)
+        for row, place in zip(mine, owned[world.rank], strict=True):
+            row[:length] = self._nodes[place]
+        self._nodes = {}
+        sent = mine.view(len(mine), size, chunk).transpose(0, 1).contiguous()
+        received = sent.new_empty(sum(map(len, owned)) * chunk)
+        dist.all_to_all_single(
+            received, sent.view(-1), [len(places) * chunk for places in owned], [len(mine) * chunk] * size
+        )
+        order = [place for places in owned for place in places]
+        own_slice = tree_sum(dict(zip(order, received.view(-1, chunk), strict=True)), self._active)
+        total = own_slice.new_empty(size * chunk)
+        dist.all_gather_into_tensor(total, own_slice)
+        return total[:length]
+
+    def _length(self) -> int:
+        return sum(p.numel() for p in self._parameters) + len(self._parameters) + sum(b.numel() for b in self._floating)
