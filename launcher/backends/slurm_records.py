@@ -39,8 +39,9 @@ OVER = frozenset(
 _SQUEUE_FIELDS = ("%i", "%A", "%T", "%V", "%S", "%e", "%l", "%N", "%r")
 _SACCT_FIELDS = ("JobID", "JobIDRaw", "State", "Submit", "Start", "End", "Timelimit", "NodeList", "ExitCode", "Reason")
 
-# `--states=all`: also jobs that ended less than MinJobAge ago. `--array`: one row for each element, pending ones too.
-SQUEUE = ("squeue", "--noheader", "--array", "--states=all", "--format=" + "|".join(_SQUEUE_FIELDS))
+# `--states=all`: also jobs that ended less than MinJobAge ago. Not `--array`: of an array with a step (`0-70:2`)
+# squeue 22.05 then leaves the last pending element out; `1_[0-70:2%3]` is one row, and taken apart here.
+SQUEUE = ("squeue", "--noheader", "--states=all", "--format=" + "|".join(_SQUEUE_FIELDS))
 # `--duplicates`: one row for each life of a requeued job.
 SACCT = ("sacct", "--noheader", "--parsable2", "--allocations", "--duplicates", "--format=" + ",".join(_SACCT_FIELDS))
 SCONTROL = ("scontrol", "show", "job")
@@ -49,6 +50,7 @@ SCONTROL = ("scontrol", "show", "job")
 # a comment "JobState=FAILED" says nothing about the job.
 _SCONTROL_LINES = {"JobState", "Requeue", "RunTime", "SubmitTime", "StartTime", "PreemptTime", "PreemptEligibleTime",
                    "Partition", "NodeList"}  # fmt: skip
+_NO_INDEX = "4294967294"  # Slurm's NO_VAL
 _SCONTROL_HEAD = re.compile(r"JobId=(\d+)(?: ArrayJobId=(\d+) ArrayTaskId=(\S+))?")
 
 
@@ -148,7 +150,7 @@ def read_scontrol(text: str) -> dict[str, JobRecord]:
         with _Reading("scontrol", head.string):
             exit_code, signal = notation.exit_code(values.get("ExitCode", "0:0"))
             record = JobRecord(
-                job_id=job if array is None else f"{array}_{index}",
+                job_id=job,
                 raw_id=job,
                 state=values["JobState"],
                 source="controller",
@@ -164,8 +166,10 @@ def read_scontrol(text: str) -> dict[str, JobRecord]:
                 exit_code=exit_code,
                 signal=signal,
             )
-            indices = (index,) if array is None or index.isdecimal() else notation.array_indices(index)[0]
-            ids = (job,) if array is None else tuple(f"{array}_{i}" for i in indices)
+            if array is None or index == _NO_INDEX:
+                ids: tuple[str, ...] = (array or job,)
+            else:
+                ids = notation.job_ids(f"{array}_[{index}]")
             found.update({one: replace(record, job_id=one) for one in ids})
     return found
 
@@ -243,6 +247,10 @@ def merge(
         return last
     if own is not None and own.over:
         return own
+    rest = (controller or {}).get(job_id.split("_")[0])
+    if rest is not None:
+        # `scancel --user` makes one row `6` of the elements of `6_[0-9]` that had not started.
+        return replace(rest, job_id=job_id)
     known = last or own
     if known is None:
         return JobRecord(job_id=job_id, raw_id=job_id, state="UNKNOWN", source="")

@@ -19,8 +19,7 @@ from launcher.errors import ClusterError
 
 # Every text below was printed by Slurm 22.05.8.
 QUEUE = """\
-1_2|1|PENDING|1795252660|N/A|N/A|UNLIMITED||JobArrayTaskLimit
-1_3|1|PENDING|1795252660|N/A|N/A|UNLIMITED||JobArrayTaskLimit
+1_[2-3%2]|1|PENDING|1795252660|N/A|N/A|UNLIMITED||JobArrayTaskLimit
 3|3|PENDING|1795252660|N/A|N/A|UNLIMITED||JobHeldUser
 1_0|5|RUNNING|1795252660|1795252660|1826788660|365-00:00:00|node1|None
 16|16|RUNNING|1795252799|1795252799|1795253399|10:00|node[1-2]|None
@@ -181,6 +180,19 @@ def test_merge(controller, accounting, own, state, source, code):
     answers = None if controller is None else {} if controller == "silent" else {"9": controller}
     merged = merge("9", controller=answers, accounting=None if accounting is None else {"9": accounting}, own=own)
     assert (merged.state, merged.source, merged.exit_code) == (state, source, code)
+
+
+def test_elements_cancelled_before_their_start_are_one_row_of_the_controller():
+    shown = read_scontrol("JobId=6 ArrayJobId=6 ArrayTaskId=4294967294 JobName=x\n   JobState=CANCELLED Reason=None\n")
+    queue = read_squeue("6|6|CANCELLED|1|N/A|N/A|UNLIMITED||None\n6_0|7|RUNNING|1|1|N/A|UNLIMITED|node1|None\n")
+    for controller in (shown, queue):
+        assert merge("6_3", controller=controller, accounting=None) == dataclasses.replace(
+            controller["6"], job_id="6_3"
+        )
+    assert merge("6_0", controller=queue, accounting=None).state == "RUNNING"
+    # An element that ran, and that the controller has forgotten, is not one of them.
+    ran = {"6_1": [dataclasses.replace(FAILED, job_id="6_1")]}
+    assert merge("6_1", controller=queue, accounting=ran).exit_code == 7
 
 
 def test_no_unknown_state_is_taken_for_an_end():
