@@ -80,7 +80,7 @@ class Channel:
                 break
             try:
                 message = json.loads(bytes(self._buffer[_LENGTH.size : end]))
-            except ValueError:
+            except (ValueError, RecursionError):
                 self.closed = True
                 break
             del self._buffer[:end]
@@ -88,7 +88,11 @@ class Channel:
                 self.closed = True
                 break
             if "fds" in message:
-                message["fds"] = [self._fds.popleft() for _ in range(message["fds"])]
+                count = message["fds"]
+                if not isinstance(count, int) or not 0 < count <= len(self._fds):
+                    self.closed = True
+                    break
+                message["fds"] = [self._fds.popleft() for _ in range(count)]
             messages.append(message)
         return messages
 

@@ -85,7 +85,7 @@ def test_a_forked_rank_sees_what_a_fresh_interpreter_sees(launch, tree: Path, tm
     assert wanted.pop(".streams.stdout.line_buffering") is False
     assert {k: (v, got.get(k, "missing")) for k, v in wanted.items() if got.get(k, "missing") != v} == {}
     assert got.keys() == wanted.keys()
-    assert {k: v for k, v in mine["seen"].items() if not k.startswith(("pool", "loader"))} == other["seen"]
+    assert {k: v for k, v in mine["seen"].items() if not k.startswith("pool")} == other["seen"]
 
     for name in ("random", "authkey", "temp", "uuid", *(["numpy", "initial_seed"] if heavy else [])):
         assert len({r["own"][name] for r in (mine, other, fresh)}) == 3, name
@@ -95,6 +95,14 @@ def test_a_forked_rank_sees_what_a_fresh_interpreter_sees(launch, tree: Path, tm
     assert ended[0] == "printed, not flushed"[:20]
     for rank in (0, 1):
         assert job.run.log(rank).splitlines() == ended
+
+
+def test_loader_workers_start_in_every_way(launch, programs: Path, tmp_path: Path) -> None:
+    script = shutil.copy(programs / "probe.py", launch.cwd)
+    launch.ok("--procs", "1", script, "--torch", env={"PROBE": str(tmp_path / "probe"), "LOADERS": "yes"})
+    own = json.loads((tmp_path / "probe.0").read_text())["own"]
+    for method in (None, "fork", "forkserver", "spawn"):
+        assert own[f"loader {method}"] == [[0, 1], [4, 9], [16, 25]]
 
 
 def test_what_the_environment_holds(launch, programs: Path, tmp_path: Path) -> None:
@@ -156,3 +164,33 @@ def test_every_way_to_end(launch, programs: Path) -> None:
         address = re.compile(r"0x[0-9a-f]+")
         assert sorted(address.sub("@", got).splitlines()) == sorted(address.sub("@", wanted).splitlines()), ending
         assert codes[rank] == plain.returncode, ending
+
+
+def test_ranks_share_nothing_that_is_random(launch, programs: Path) -> None:
+    """Two forked ranks with torch: own seeds, one thread each; a module named launcher beside the script is found."""
+    shutil.copy(programs / "meets_itself.py", launch.cwd)
+    (launch.cwd / "launcher.py").write_text("WHOSE = 'the user'\n")
+    job = launch.ok("--procs", "2", "meets_itself.py", unset=("OMP_NUM_THREADS",), env={"PYTHONWARNINGS": "ignore"})
+    one, two = json.loads(job.stdout.removeprefix("[0] "))
+    for name in ("random", "numpy", "torch", "seed"):
+        assert one[name] != two[name], name
+    for rank in (one, two):
+        assert rank["launcher"] == "the user"
+        assert (rank["threads"], rank["omp"]) == (1, "1")
+        assert (rank["cuda"], rank["visible"], rank["elastic"], rank["stdin"]) == (False, 0, True, "")
+        assert rank["warn"] == ["ignore"]
+
+
+def test_one_rank_has_all_processors_and_stdin(launch, programs: Path) -> None:
+    shutil.copy(programs / "meets_itself.py", launch.cwd)
+    (launch.cwd / "launcher.py").write_text("WHOSE = 'the user'\n")
+    (launch.cwd / "input").write_text("from the pipe")
+    with open(launch.cwd / "input") as file:
+        job = launch.ok("--procs", "1", "meets_itself.py", unset=("OMP_NUM_THREADS",), stdin=file.fileno())
+    (one,) = json.loads(job.stdout.removeprefix("[0] "))
+    assert one["stdin"] == "from the pipe"
+    assert one["omp"] is None
+    code = "import torch; print(torch.get_num_threads())"
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+    fresh = subprocess.run([_PYTHON, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert one["threads"] == int(fresh.stdout)

@@ -141,12 +141,12 @@ def main():
         x = torch.randn(300, 300, requires_grad=True)
         (x @ x).sum().backward()  # starts autograd's and OpenMP's threads
         seen["backward"] = x.grad is not None
-        for method in (None, "fork", "forkserver", "spawn") if os.environ["RANK"] == "1" else ():
+        for method in (None, "fork", "forkserver", "spawn") if "LOADERS" in os.environ else ():
             workers = 0 if method is None else 1
             loader = torch.utils.data.DataLoader(
                 Squares(), batch_size=2, num_workers=workers, multiprocessing_context=method
             )
-            seen[f"loader {method}"] = [batch.tolist() for batch in loader]
+            own[f"loader {method}"] = [batch.tolist() for batch in loader]
     with open(f"{os.environ['PROBE']}.{os.environ.get('RANK', '')}", "w") as file:
         json.dump({"seen": seen, "own": own}, file)
 
