@@ -637,7 +637,8 @@ def predict(run: Evaluation, *, keep: bool) -> list[Any]:
             rest = (number,) if len(run.feeds) > 1 else ()
             limit = run.limits[number]
             for index, batch in enumerate(feed.batches(0, None) if limit else ()):
-                trainer.predict_indices = getattr(feed, "indices", None)
+                # A rank that has run out of samples steps along with a copy of one; it predicted nothing.
+                trainer.predict_indices = getattr(feed, "indices", None) if feed.weight else []
                 if run.move is not None:
                     batch = run.move(batch, number)
                 if hooks.on_predict_batch_start is not None:

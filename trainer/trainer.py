@@ -256,7 +256,8 @@ class Trainer:
         with self._running(TrainerFn.PREDICTING, model, datamodule, predict=dataloaders):
             run = self._prepare_evaluation(TrainerFn.PREDICTING, ckpt_path, weights_only, model_given=given)
             with self._agreeing(run):
-                found = predict(run, keep=return_predictions is not False)
+                wanted = any(getattr(c, "needs_predictions", False) for c in self.callbacks)
+                found = predict(run, keep=return_predictions is not False or wanted)
         self.predictions = []
         return None if return_predictions is False else found
 

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+from trainer.callbacks.accumulation import GradientAccumulationScheduler
+from trainer.callbacks.averaging import EMAWeightAveraging, StochasticWeightAveraging, WeightAveraging
 from trainer.callbacks.callback import Callback
 from trainer.callbacks.checkpoint import Checkpoint, ModelCheckpoint, OnExceptionCheckpoint
+from trainer.callbacks.device_stats import DeviceStatsMonitor
 from trainer.callbacks.early_stopping import EarlyStopping
+from trainer.callbacks.lambda_function import LambdaCallback
 from trainer.callbacks.lr_monitor import LearningRateMonitor
+from trainer.callbacks.prediction_writer import BasePredictionWriter
 from trainer.callbacks.progress import ProgressBar, RichProgressBar, RichProgressBarTheme, TQDMProgressBar
 from trainer.callbacks.selection import arrange, ordered
 from trainer.callbacks.summary import ModelSummary, RichModelSummary
+from trainer.callbacks.throughput import ThroughputMonitor
 from trainer.callbacks.timer import Timer
 
 __all__ = [
+    "BasePredictionWriter",
     "Callback",
     "Checkpoint",
+    "DeviceStatsMonitor",
+    "EMAWeightAveraging",
     "EarlyStopping",
+    "GradientAccumulationScheduler",
+    "LambdaCallback",
     "LearningRateMonitor",
     "ModelCheckpoint",
     "ModelSummary",
@@ -23,8 +34,11 @@ __all__ = [
     "RichModelSummary",
     "RichProgressBar",
     "RichProgressBarTheme",
+    "StochasticWeightAveraging",
     "TQDMProgressBar",
+    "ThroughputMonitor",
     "Timer",
+    "WeightAveraging",
     "arrange",
     "ordered",
 ]
