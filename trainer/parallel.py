@@ -207,6 +207,9 @@ class DDP(Parallel):
     def no_sync(self) -> AbstractContextManager[Any]:
         if self._ddp is None:
             return nullcontext()
+        if self._ddp.static_graph and not self._ddp._static_graph_delay_allreduce_enqueued:
+            # The graph is learnt in a backward that exchanges gradients: without one torch's reducer asserts (2.15).
+            return nullcontext()
         return self._ddp.no_sync() if self.step is self._ddp else self._manual_no_sync()
 
 
