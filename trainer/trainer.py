@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import inspect
 import math
 import os
 import time
-import weakref
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -350,8 +350,9 @@ class Trainer:
         config = self.config
         if self._world is None:
             self._world = connect(accelerator=config.accelerator, devices=config.devices, num_nodes=config.num_nodes)
-            # The group lives as long as the Trainer: fit and test in one script meet once.
-            weakref.finalize(self, self._world.close)
+            # The group lives as long as the process: fit and test in one script meet once, also when each has a
+            # Trainer of its own.
+            atexit.register(self._world.close)
         self._set_backends()
         self.precision_object = make_precision(config.precision, self.device)
         self.parallel = make_parallel(config.strategy, self.world)

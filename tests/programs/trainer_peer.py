@@ -63,6 +63,9 @@ def run(package, accumulate: int, folder: str) -> list[float]:
 
 
 if __name__ == "__main__":
+    if not os.environ.get("WORLD_SIZE"):
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK"):
+            os.environ.pop(name, None)
     import lightning
 
     import trainer as ours

@@ -1,0 +1,250 @@
+"""Stopping and going on anywhere gives what an undisturbed run gives: weights, optimizer, and every logged row."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import struct
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+from torchmetrics import MeanMetric
+
+import trainer as T
+from trainer.progress import DONE, MAGIC
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def outcome(results) -> list[str]:
+    """What the ranks' program says at its end."""
+    return next(line for line in results[0].stdout.splitlines() if line.startswith("END ")).split()[1:]
+
+
+def test_two_ranks_stop_together_die_and_go_on(gang, tmp_path):
+    """One rank alone is told to stop; later one is killed; the end is that of an undisturbed run."""
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "hurt").mkdir()
+    program = "trainer_resume.py"
+    whole = outcome(gang.ok(2, program, env={"LAUNCH_RUN_DIR": str(tmp_path / "whole"), "LAUNCH_ATTEMPT": "0"}))
+    hurt = [["SIGTERM", 1, "validation", 5], ["SIGKILL", 0, "train", 14]]
+    environment = {"LAUNCH_RUN_DIR": str(tmp_path / "hurt"), "HURT": json.dumps(hurt)}
+    stopped = gang(2, program, env=environment | {"LAUNCH_ATTEMPT": "0"})
+    assert [r.returncode for r in stopped] == [75, 75], stopped
+    killed = gang(2, program, env=environment | {"LAUNCH_ATTEMPT": "1"})
+    assert killed[0].returncode == -signal.SIGKILL
+    assert killed[1].returncode != 0
+    assert outcome(gang.ok(2, program, env=environment | {"LAUNCH_ATTEMPT": "2"})) == whole
+
+
+class Died(Exception):
+    """Ends an attempt like a crash: nothing is saved."""
+
+
+class Noisy(Dataset):
+    """Random augmentation in the dataset."""
+
+    def __init__(self, n, noise):
+        self.x = torch.randn(n, 4, generator=torch.Generator().manual_seed(5))
+        self.noise = noise
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, i):
+        return self.x[i] + self.noise * torch.randn(4), self.x[i].sum().unsqueeze(0)
+
+
+class Model(T.Module):
+    """Dropout, a metric object, step and epoch values, schedulers by step and by monitor."""
+
+    def __init__(self, hurt=None):
+        super().__init__()
+        self.net = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.Dropout(0.2), torch.nn.Linear(16, 1))
+        self.mean = MeanMetric()
+        self.hurt, self.counts = hurt, {}
+
+    def place(self, where):
+        self.counts[where] = self.counts.get(where, 0) + 1
+        if self.hurt is not None and self.hurt[1:] == (where, self.counts[where]):
+            if self.hurt[0] == "die":
+                raise Died
+            os.kill(os.getpid(), self.hurt[0])
+
+    def training_step(self, batch, batch_idx):
+        self.place("train")
+        loss = torch.nn.functional.mse_loss(self.net(batch[0]), batch[1])
+        self.mean(loss)
+        self.log("loss", loss, on_step=True, on_epoch=True)
+        self.log("mean", self.mean, on_step=True, on_epoch=True)
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        if not self.trainer.sanity_checking:
+            self.place("validation")
+        noise = 0.01 * torch.randn(())  # validation draws random numbers too
+        self.log("val", torch.nn.functional.mse_loss(self.net(batch[0]), batch[1]) + noise)
+
+    def on_train_epoch_end(self):
+        self.log("end", float(self.current_epoch))
+
+    def on_save_checkpoint(self, checkpoint):
+        self.place("save")
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.Adam(self.parameters(), lr=1e-2)
+        return [optimizer], [
+            {"scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 5, 0.9), "interval": "step"},
+            {"scheduler": torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0), "monitor": "val"},
+        ]
+
+
+class Rows(T.loggers.Logger):
+    """A file of rows that forgets, on resume, what comes after the checkpoint."""
+
+    name, version = "rows", 0
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.rows = json.loads(path.read_text()) if path.exists() else []
+
+    def resume(self, step):
+        self.rows = [row for row in self.rows if row[0] < step]
+
+    def log_metrics(self, metrics, step=None):
+        self.rows.append([step, sorted(metrics.items())])
+        self.path.write_text(json.dumps(self.rows))
+
+    def log_hyperparams(self, params, *args, **kwargs):
+        pass
+
+
+def attempt(folder: Path, hurt=None, **arguments):
+    """One start of the job; returns everything that must come out alike, or how the attempt ended."""
+    torch.manual_seed(1 if not (folder / "rows.json").exists() else 77)
+    model = Model(hurt)
+    rows = Rows(folder / "rows.json")
+    trainer = T.Trainer(**({
+        "accelerator": "cpu", "max_epochs": 3, "accumulate_grad_batches": 2, "val_check_interval": 4, "logger": rows,
+        "log_every_n_steps": 2, "enable_progress_bar": False, "enable_model_summary": False,
+        "callbacks": [T.callbacks.ModelCheckpoint(every_n_train_steps=2, monitor="val", save_top_k=2),
+                      T.callbacks.EarlyStopping("val", patience=50)],
+    } | arguments))  # fmt: skip
+    loaders = DataLoader(Noisy(38, 0.1), 4, shuffle=True), DataLoader(Noisy(10, 0.0), 4)
+    try:
+        trainer.fit(model, *loaders)
+    except Died:
+        return "died"
+    except SystemExit as stop:
+        return stop.code
+    weights = {k: v.clone() for k, v in model.state_dict().items()}
+    optimizer = [v for s in trainer.optimizers[0].state_dict()["state"].values() for v in s.values()]
+    return {
+        "weights": torch.cat([w.flatten() for w in weights.values()]).tolist(),
+        "optimizer": torch.cat([torch.as_tensor(v).flatten() for v in optimizer]).tolist(),
+        "rows": json.loads((folder / "rows.json").read_text()),
+        "counters": (trainer.current_epoch, trainer.global_step),
+    }
+
+
+@pytest.fixture
+def run_folder(tmp_path, monkeypatch):
+    """`run_folder(name)` makes a run folder the current one."""
+
+    def make(name):
+        folder = tmp_path / name
+        folder.mkdir()
+        monkeypatch.setenv("LAUNCH_RUN_DIR", str(folder))
+        monkeypatch.setenv("PL_GLOBAL_SEED", "3")
+        return folder
+
+    return make
+
+
+def test_every_place_of_a_stop_or_crash(run_folder):
+    # 10 batches per epoch, in 5 windows of 2; validation after batch 4, 8 of each epoch.
+    whole = attempt(run_folder("whole"))
+    assert whole["counters"] == (3, 15)
+    term = signal.SIGTERM
+    for number, hurt in enumerate([
+        (term, "train", 1), (term, "train", 4), (term, "train", 10), (term, "train", 30), (term, "validation", 1),
+        (term, "validation", 3), (signal.SIGUSR1, "train", 7), (term, "save", 2), ("die", "train", 2),
+        ("die", "train", 14), ("die", "validation", 8), ("die", "save", 2), ("die", "save", 4), ("die", "save", 7),
+    ]):  # fmt: skip
+        folder = run_folder(f"run{number}")
+        ended = attempt(folder, hurt)
+        # A stop that comes in the last batch finds the training complete: that is no failure and no requeue.
+        assert ended == ("died" if hurt[0] == "die" else 75), (hurt, ended)
+        assert attempt(folder) == whole, hurt
+
+
+def test_many_attempts(run_folder):
+    whole = attempt(run_folder("whole"))
+    folder = run_folder("many")
+    for hurt in [
+        (signal.SIGTERM, "train", 3),
+        ("die", "train", 6),
+        (signal.SIGTERM, "validation", 2),
+        ("die", "save", 2),
+    ]:
+        assert attempt(folder, hurt) in ("died", 75)
+    assert attempt(folder) == whole
+
+
+def test_a_finished_run_does_nothing_again(run_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("LAUNCH_PROGRESS", str(tmp_path / "page"))
+    folder = run_folder("done")
+    first = attempt(folder)
+    page = (tmp_path / "page").read_bytes()
+    assert struct.unpack_from("<QQII", page) == (MAGIC, 15, DONE, 2)
+    assert struct.unpack_from("<Q", page, 32) == (15,)
+    model = Model()
+    with pytest.warns(UserWarning, match="callbacks that this Trainer does not have"):
+        trainer = T.Trainer(accelerator="cpu", max_epochs=3, logger=False, enable_progress_bar=False,
+                            enable_model_summary=False)  # fmt: skip
+        trainer.fit(model, DataLoader(Noisy(38, 0.1), 4), DataLoader(Noisy(10, 0.0), 4))
+    assert model.counts == {}
+    assert (trainer.global_step, trainer.current_epoch) == (15, 3)
+    assert torch.cat([w.flatten() for w in model.state_dict().values()]).tolist() == first["weights"]
+
+
+def test_stop_without_a_run_folder_saves_and_says_where(tmp_path, quiet, capsys):
+    loaders = DataLoader(Noisy(38, 0.1), 4), DataLoader(Noisy(10, 0.0), 4)
+    trainer = quiet(max_epochs=3, enable_checkpointing=True)
+    with pytest.raises(SystemExit) as stop:
+        trainer.fit(Model((signal.SIGTERM, "train", 5)), *loaders)
+    assert stop.value.code == 128 + signal.SIGTERM
+    saved = list((tmp_path / "checkpoints").glob("*stopped*"))
+    assert len(saved) == 1
+    assert f"ckpt_path={str(saved[0])!r}" in capsys.readouterr().err
+    trainer = quiet(max_epochs=1, enable_checkpointing=True)
+    trainer.fit(Model(), *loaders, ckpt_path=saved[0])
+    assert trainer.global_step == 10
+
+
+def test_a_damaged_checkpoint_is_passed_over(run_folder):
+    whole = attempt(run_folder("whole"))
+    folder = run_folder("damaged")
+    assert attempt(folder, (signal.SIGTERM, "train", 14)) == 75
+    newest = max((folder / "checkpoints").glob("resume-*stopped.ckpt"), key=lambda p: p.stat().st_mtime)
+    newest.write_bytes(newest.read_bytes()[:100])
+    with pytest.warns(UserWarning, match="trying an older one"):
+        assert attempt(folder) == whole
+
+
+def test_ckpt_path_by_name(quiet, tmp_path):
+    loaders = DataLoader(Noisy(38, 0.1), 4), DataLoader(Noisy(10, 0.0), 4)
+    callback = T.callbacks.ModelCheckpoint(dirpath=tmp_path / "kept", monitor="val", save_top_k=1, save_last=True)
+    trainer = quiet(max_epochs=2, enable_checkpointing=True, callbacks=[callback])
+    model = Model()
+    trainer.fit(model, *loaders)
+    best = torch.load(callback.best_model_path, weights_only=True)["state_dict"]["net.0.weight"]
+    trainer.validate(ckpt_path="best", dataloaders=loaders[1], verbose=False)
+    assert torch.equal(model.net[0].weight, best)
+    trainer = quiet(max_epochs=3, enable_checkpointing=True, callbacks=[callback])
+    trainer.fit(Model(), *loaders, ckpt_path="last")
+    assert (trainer.current_epoch, trainer.global_step) == (3, 30)
