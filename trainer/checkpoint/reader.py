@@ -219,42 +219,75 @@ class _Shard:
 
     def read(self, first: int, last: int, requests: Iterable[Request]) -> None:
         """Read and verify blocks [first, last), and hand their bytes out."""
+        if self._folder.local:
+            scratch = memoryview(bytearray(BLOCK))
+            for block in range(first, last):
+                self._read_block(block, requests, scratch)
+            return
         begin, end = first * BLOCK, min(last * BLOCK, self._record.shard_bytes)
-        content = memoryview(self._content(begin, end))
-        if len(content) != end - begin:
-            raise CheckpointDamagedError(
-                f"{self._folder}/{self._name} is cut off: {self._record.shard_bytes} bytes were written, it ends at "
-                f"{begin + len(content)}."
-            )
+        content = memoryview(self._fetched(begin, end))
+        self._check_length(begin, end, len(content))
         for block in range(first, last):
-            piece = content[block * BLOCK - begin : (block + 1) * BLOCK - begin]
-            if block_checksum(piece) != self._record.blocks[block]:
-                raise CheckpointDamagedError(
-                    f"{self._folder}/{self._name} is damaged: the checksum of bytes {block * BLOCK} to "
-                    f"{block * BLOCK + len(piece)} does not fit."
-                )
-        flat = torch.frombuffer(content, dtype=torch.uint8)
-        for request in requests:
-            a, b = max(request.begin, begin), min(request.end, end)
-            request.target[a - request.begin : b - request.begin].copy_(flat[a - begin : b - begin])
+            self._check(block, content[block * BLOCK - begin : (block + 1) * BLOCK - begin])
+        _hand_out(content, begin, requests)
 
-    def _content(self, begin: int, end: int) -> bytearray | bytes:
-        try:
-            if not self._folder.local:
-                return bytearray(self._folder.fs.cat_file(self._path, start=begin, end=end))
-            with self._lock:
-                if self._descriptor is None:
+    def _read_block(self, block: int, requests: Iterable[Request], scratch: memoryview) -> None:
+        """The same for one block of a local file: straight into its place if it all belongs to one tensor."""
+        begin, end = block * BLOCK, min((block + 1) * BLOCK, self._record.shard_bytes)
+        concerned = [r for r in requests if r.begin < end and begin < r.end]
+        if len(concerned) == 1 and concerned[0].begin <= begin and end <= concerned[0].end:
+            only = concerned[0]
+            target = memoryview(only.target[begin - only.begin : end - only.begin].numpy())  # type: ignore[arg-type]
+            self._fill(target, begin)
+            self._check(block, target)
+            return
+        content = scratch[: end - begin]
+        self._fill(content, begin)
+        self._check(block, content)
+        _hand_out(content, begin, concerned)
+
+    def _fill(self, target: memoryview, begin: int) -> None:
+        with self._lock:
+            if self._descriptor is None:
+                try:
                     self._descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
-            content = bytearray(end - begin)
-            got = 0
-            while got < len(content):
-                count = os.preadv(self._descriptor, [memoryview(content)[got:]], begin + got)
-                if count == 0:
-                    return content[:got]
-                got += count
-            return content
+                except FileNotFoundError as error:
+                    raise CheckpointDamagedError(f"{self._folder}/{self._name} is missing.") from error
+        got = 0
+        while got < len(target):
+            count = os.preadv(self._descriptor, [target[got:]], begin + got)
+            if count == 0:
+                break
+            got += count
+        self._check_length(begin, begin + len(target), got)
+
+    def _fetched(self, begin: int, end: int) -> bytearray:
+        try:
+            return bytearray(self._folder.fs.cat_file(self._path, start=begin, end=end))
         except FileNotFoundError as error:
             raise CheckpointDamagedError(f"{self._folder}/{self._name} is missing.") from error
+
+    def _check_length(self, begin: int, end: int, got: int) -> None:
+        if got != end - begin:
+            raise CheckpointDamagedError(
+                f"{self._folder}/{self._name} is cut off: {self._record.shard_bytes} bytes were written, it ends at "
+                f"{begin + got}."
+            )
+
+    def _check(self, block: int, content: memoryview) -> None:
+        if block_checksum(content) != self._record.blocks[block]:
+            raise CheckpointDamagedError(
+                f"{self._folder}/{self._name} is damaged: the checksum of bytes {block * BLOCK} to "
+                f"{block * BLOCK + len(content)} does not fit."
+            )
+
+
+def _hand_out(content: memoryview, begin: int, requests: Iterable[Request]) -> None:
+    """Copy verified bytes, which begin at `begin` of the shard, to where they are wanted."""
+    flat = torch.frombuffer(content, dtype=torch.uint8)
+    for request in requests:
+        a, b = max(request.begin, begin), min(request.end, begin + len(content))
+        request.target[a - request.begin : b - request.begin].copy_(flat[a - begin : b - begin])
 
 
 def verify(checkpoint: Checkpoint, report: Callable[[str], object] = lambda _: None) -> list[str]:

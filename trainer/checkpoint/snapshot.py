@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import mmap
 import os
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 # Of the memory that is free, so much at most is taken for a copy: the training step wants some as well.
 _SHARE = 0.9
+# <linux/mman.h>, since Linux 5.14; Python has no name for it.
+_MADV_POPULATE_WRITE = 23
 
 
 class Snapshot:
@@ -93,10 +96,13 @@ class Snapshot:
         capacity = -(-max(size, 1) // mmap.PAGESIZE) * mmap.PAGESIZE
         self._descriptor = os.memfd_create("checkpoint", os.MFD_CLOEXEC)
         try:
-            # Taken now: a page that cannot be had later, at its first write, would be SIGBUS.
-            os.posix_fallocate(self._descriptor, 0, capacity)
+            os.ftruncate(self._descriptor, capacity)
             self._map = mmap.mmap(self._descriptor, capacity)
+            _populate(self._map, self._descriptor, capacity)
         except OSError:
+            if self._map is not None:
+                self._map.close()
+                self._map = None
             os.close(self._descriptor)
             raise
         self._flat = torch.frombuffer(self._map, dtype=torch.uint8)
@@ -104,6 +110,18 @@ class Snapshot:
         if pinned:
             registered = torch.cuda.cudart().cudaHostRegister(self._flat.data_ptr(), capacity, 0)  # type: ignore[no-untyped-call]
             self._pinned = int(registered) == 0
+
+
+def _populate(memory: mmap.mmap, descriptor: int, size: int) -> None:
+    """Take all pages now, large ones if there are: one that cannot be had later, at its first write, is SIGBUS."""
+    try:
+        memory.madvise(mmap.MADV_HUGEPAGE)
+        memory.madvise(_MADV_POPULATE_WRITE)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        # Linux before 5.14, or a kernel without huge pages.
+        os.posix_fallocate(descriptor, 0, size)
 
 
 def has_memory(size: int) -> bool:

@@ -1,0 +1,179 @@
+"""Save and load of one process's state on a local disk: ours beside torch.save and torch's DCP, in one run.
+
+    python benchmarks/checkpoint_save.py [--mib 1024] [--rounds 5] [--folder DIR] [--json FILE]
+
+stall    seconds that training stands still for a save in the background: `Store.save(wait=False)` and
+         `dcp.async_save` (its thread mode, with a stager that keeps its buffers; and its default), beside the floor:
+         one copy of the state into warm buffers.
+durable  seconds until it is on disk: `Store.save` in the background and at once, `dcp.save`, torch.save + fsync, and
+         the floor: a raw write of the same bytes + fsync.
+load     seconds to have it back: ours, every byte verified; `dcp.load` and torch.load, nothing verified. The page
+         cache is warm for all.
+inflation  a loop of small matrix products while nothing is written, and while a save is: the 50th and 99th percentile
+         of a step, in percent of the quiet median. Needs a free core to say anything about ours.
+memory   shared memory taken for the copy, as a share of the state.
+
+The candidates take turns; quoted are the minima, and ratios of minima.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+from trainer.checkpoint import Store
+
+TENSORS = 64
+
+
+def timed(act) -> float:
+    began = time.perf_counter()
+    act()
+    return time.perf_counter() - began
+
+
+def raw_write(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    with open(path, "wb", buffering=0) as file:
+        for tensor in tensors.values():
+            view = memoryview(tensor.numpy()).cast("B")
+            while view:
+                view = view[file.write(view) :]
+        os.fsync(file.fileno())
+
+
+def torch_save(path: Path, state: dict) -> None:
+    with open(path, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def steps(seconds: float) -> list[float]:
+    matrix, times = torch.randn(256, 256), []
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        times.append(timed(lambda: [matrix @ matrix for _ in range(8)]))
+    return times
+
+
+def percentiles(times: list[float], quiet: float) -> tuple[float, float]:
+    ordered = sorted(times)
+    return tuple(100 * (ordered[int(len(ordered) * q)] / quiet - 1) for q in (0.5, 0.99))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--mib", type=int, default=1024)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--folder")
+    parser.add_argument("--json")
+    arguments = parser.parse_args()
+    warnings.filterwarnings("ignore", module="torch")
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        report = measure(Path(folder), arguments.mib, arguments.rounds)
+    print(json.dumps(report, indent=1))
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(report, indent=1) + "\n")
+
+
+def measure(folder: Path, mib: int, rounds: int) -> dict:
+    rows = mib * 2**20 // TENSORS // 4096
+    tensors = {f"layer{i}": torch.randn(rows, 1024) for i in range(TENSORS)}
+    warm = [torch.empty_like(t) for t in tensors.values()]
+    for buffer, tensor in zip(warm, tensors.values(), strict=True):
+        buffer.copy_(tensor)
+    stall: dict[str, list[float]] = {}
+    durable: dict[str, list[float]] = {}
+    load: dict[str, list[float]] = {}
+    stager = DefaultStager(StagingOptions(False, False, False, False))
+    store = Store(str(folder / "ours"))
+    quiet = statistics.median(steps(1.0))
+    calm, busy = [], []
+    for turn in range(rounds + 1):  # the first warms every candidate up, and does not count
+        for which in (stall, durable, load):
+            if turn == 1:
+                which.clear()
+        stall.setdefault("one copy", []).append(
+            timed(lambda: [b.copy_(t) for b, t in zip(warm, tensors.values(), strict=True)])
+        )
+        durable.setdefault("raw write + fsync", []).append(timed(lambda: raw_write(folder / "raw", tensors)))
+        (folder / "raw").unlink()
+
+        began = time.perf_counter()
+        saved = store.save(tensors, step=turn, wait=False)
+        stall.setdefault("ours", []).append(time.perf_counter() - began)
+        store.wait()
+        durable.setdefault("ours, background", []).append(time.perf_counter() - began)
+        load.setdefault("ours, verified", []).append(timed(lambda s=saved: store.load(s.name)))
+        store.remove(saved.name)
+        saved = store.save(tensors, step=turn)
+        durable.setdefault("ours, at once", []).append(saved.seconds)
+        store.remove(saved.name)
+
+        for name, stage in (("dcp.async_save, default", None), ("dcp.async_save, buffers kept", stager)):
+            began = time.perf_counter()
+            future = dcp.async_save(tensors, checkpoint_id=folder / "async", async_stager=stage, no_dist=True)
+            stall.setdefault(name, []).append(time.perf_counter() - began)
+            future.result()
+            durable.setdefault(name, []).append(time.perf_counter() - began)
+            shutil.rmtree(folder / "async")
+        durable.setdefault("dcp.save", []).append(
+            timed(lambda: dcp.save(tensors, checkpoint_id=folder / "dcp", no_dist=True))
+        )
+        empty = {k: torch.empty_like(t) for k, t in tensors.items()}
+        load.setdefault("dcp.load", []).append(
+            timed(lambda e=empty: dcp.load(e, checkpoint_id=folder / "dcp", no_dist=True))
+        )
+        shutil.rmtree(folder / "dcp")
+        durable.setdefault("torch.save + fsync", []).append(timed(lambda: torch_save(folder / "one", tensors)))
+        load.setdefault("torch.load", []).append(timed(lambda: torch.load(folder / "one", weights_only=True)))
+        (folder / "one").unlink()
+
+        calm += steps(0.5)
+        saved = store.save(tensors, step=turn, wait=False)
+        while store.poll() is None:
+            busy += steps(0.02)
+        store.wait()
+        store.remove(saved.name)
+    memory = len(store._snapshot._flat) / (mib * 2**20)
+    store.close()
+    stager.close()
+    best = {kind: {k: round(min(v), 4) for k, v in found.items()} for kind, found in
+            (("stall", stall), ("durable", durable), ("load", load))}  # fmt: skip
+    return {
+        "state": f"{mib} MiB in {TENSORS} tensors, {rounds} rounds, minima in seconds",
+        "machine": f"{os.cpu_count()} cores, {platform.platform()}, torch {torch.__version__}, "
+        f"{torch.get_num_threads()} threads",
+        **best,
+        "ratios": {
+            "stall: ours / one copy": round(best["stall"]["ours"] / best["stall"]["one copy"], 2),
+            "stall: ours / best dcp.async_save": round(
+                best["stall"]["ours"] / min(v for k, v in best["stall"].items() if "dcp" in k), 2
+            ),
+            "durable: ours, background / raw": round(
+                best["durable"]["ours, background"] / best["durable"]["raw write + fsync"], 2
+            ),
+            "load: ours, verified / dcp.load": round(best["load"]["ours, verified"] / best["load"]["dcp.load"], 2),
+        },
+        "inflation of a step in % (median, p99)": {
+            "quiet": [round(x, 1) for x in percentiles(calm, quiet)],
+            "while a save is written": [round(x, 1) for x in percentiles(busy, quiet)],
+        },
+        "memory for the copy / state": round(memory, 3),
+    }
+
+
+if __name__ == "__main__":
+    main()
