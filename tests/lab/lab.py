@@ -26,12 +26,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from netns import HEAD, Host, LabError, Network, Process, wait_for
+from netns import HEAD, Host, LabError, Network, Process, kill_below, wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["Lab", "LabError", "Settings", "why_not"]
+__all__ = ["Lab", "LabError", "Settings", "Sharing", "why_not"]
 
 FOLDER = Path(os.environ.get("MUSTER_LAB", "/tmp/muster-lab"))
 _PROGRAMS = ("slurmctld", "slurmdbd", "slurmd", "mariadbd", "mariadb-install-db", "munged", "ip", "nsenter", "sbatch")
@@ -54,7 +54,7 @@ class Settings:
     kill_wait: int = 5
     grace: int = 20
     min_job_age: int = 300
-    slurmd_timeout: int = 20
+    slurmd_timeout: int = 10
     extra: tuple[str, ...] = ()
 
     @property
@@ -141,15 +141,14 @@ class Lab:
                 binds.append((cgroup, f"/sys/fs/cgroup/{kind}"))
         return self.network.add(name, number, own_pids=name != "login", binds=binds)
 
-    @staticmethod
-    def _cgroup(kind: str, node: str) -> Path:
-        return Path(f"/sys/fs/cgroup/{kind}/muster-lab/{node}")
+    def _cgroup(self, kind: str, *node: str) -> Path:
+        return Path("/sys/fs/cgroup", kind, self.folder.name, *node)
 
     def down(self) -> None:
         """End the cluster: no process, namespace, mount, cgroup or file of it is left."""
         self.network.down()
         for kind in _CGROUPS:
-            top = Path(f"/sys/fs/cgroup/{kind}/muster-lab")
+            top = self._cgroup(kind)
             for folder in sorted(top.rglob("*"), key=lambda p: len(p.parts), reverse=True) if top.is_dir() else ():
                 if folder.is_dir():
                     _remove_cgroup(folder)
@@ -443,7 +442,13 @@ PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=100 Preemp
         if not self._runs(HEAD, "slurmctld"):
             self.start_slurmctld()
         if self.queue():
-            self.run("scancel", "--user=root", "--full")
+            self.run("scancel", "--user=root")
+            # A step that ignores SIGTERM would hold up the next test for KillWait seconds (scancel --signal=KILL too).
+            # Only what slurmstepd knows is killed: what got away from it is a leak to tell of.
+            for node in self.settings.node_names:
+                for process in self.node_processes(node):
+                    if process.command.startswith("slurmstepd"):
+                        kill_below(process.pid)
         wait_for(lambda: not self.queue(), 60, "the queue to empty")
         left = []
         for node in self.settings.node_names:
@@ -472,35 +477,59 @@ def _inherit_cpuset(cgroup: Path) -> None:
 
 
 def _remove_cgroup(folder: Path) -> None:
-    deadline = time.monotonic() + 5
-    while True:
-        try:
+    def gone() -> bool:
+        with contextlib.suppress(OSError):  # its last process is still leaving
             folder.rmdir()
-            return
-        except OSError as error:
-            if time.monotonic() > deadline:
-                raise LabError(f"{folder} cannot be removed: {error}") from error
-            time.sleep(0.05)
+        return not folder.exists()
+
+    wait_for(gone, 5, f"{folder} to be removed")
 
 
-@contextlib.contextmanager
-def only_user(folder: Path = FOLDER, timeout: float = 60) -> Iterator[None]:
-    """Hold the lab's lock: two test sessions would end each other's cluster."""
-    path = folder.with_name(folder.name + ".lock")
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        def taken() -> bool:
+class Sharing:
+    """How several test processes use one lab: each has it for a test at a time, and the last to leave ends it.
+
+    One lock file; byte 0 is shared by all who may use the lab, byte 1 is held by the one whose turn it is. The kernel
+    lets go of both when a process dies.
+    """
+
+    def __init__(self, folder: Path = FOLDER) -> None:
+        self._folder = folder
+        self._path = folder.with_name(folder.name + ".lock")
+        self._fd: int | None = None
+
+    def join(self) -> None:
+        while self._fd is None:
+            fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fcntl.lockf(fd, fcntl.LOCK_SH, 1, 0)
+            with contextlib.suppress(FileNotFoundError):
+                # The last to leave removes the file: a lock on a file without a name keeps nobody out.
+                if os.fstat(fd).st_ino == self._path.stat().st_ino:
+                    self._fd = fd
+                    return
+            os.close(fd)
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        """Have the lab to oneself. Waits in the kernel, which is fair; the test's own timeout is the deadline."""
+        assert self._fd is not None
+        fcntl.lockf(self._fd, fcntl.LOCK_EX, 1, 1)
+        try:
+            yield
+        finally:
+            fcntl.lockf(self._fd, fcntl.LOCK_UN, 1, 1)
+
+    def leave(self) -> None:
+        assert self._fd is not None
+        with self.turn():  # else two who leave at once would each take the other for one who stays
             try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return False
-            return True
-
-        wait_for(taken, timeout, f"{path}: another test session has the lab (use --dist loadgroup under xdist)")
-        yield
-        path.unlink()
-    finally:
-        os.close(fd)
+                fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, 0)
+            except (BlockingIOError, PermissionError):
+                fcntl.lockf(self._fd, fcntl.LOCK_UN, 1, 0)
+            else:
+                Lab(Settings(), self._folder).down()
+                self._path.unlink()
+        os.close(self._fd)
+        self._fd = None
 
 
 def main() -> int:
@@ -511,17 +540,21 @@ def main() -> int:
     parser.add_argument("--cred-expire", type=int, default=5, metavar="S", help="Slurm's own default is 120")
     parser.add_argument("--grace", type=int, default=20, metavar="S")
     o = parser.parse_args()
+    # Not the tests' folder: both labs can be up at once, and a test session ends only its own.
+    folder = FOLDER.with_name(FOLDER.name + "-by-hand")
     try:
-        lab = Lab.running()
+        lab = Lab.running(folder)
         if o.command == "down":
-            Lab(Settings()).down()
+            Lab(Settings(), folder).down()
             return 0
         if o.command == "status" and lab is None:
             print("down")
             return 1
         if lab is None:
-            lab = Lab.up(Settings(accounting=not o.no_accounting, proctrack=o.proctrack, cred_expire=o.cred_expire,
-                                  grace=o.grace))  # fmt: skip
+            settings = Settings(
+                accounting=not o.no_accounting, proctrack=o.proctrack, cred_expire=o.cred_expire, grace=o.grace
+            )
+            lab = Lab.up(settings, folder)
         print(lab.run("sinfo", "--long"), end="")
         if o.command == "shell":
             return subprocess.call(lab.words("bash", "-i", cwd=Path.cwd(), environment={"PS1": "login$ "}))

@@ -58,7 +58,7 @@ class Process:
 
 
 def processes() -> Iterator[int]:
-    return (int(name) for name in os.listdir("/proc") if name.isdigit())
+    return (int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit())
 
 
 def _arguments(pid: int) -> list[str]:
@@ -70,9 +70,27 @@ def _arguments(pid: int) -> list[str]:
 
 def _namespace(pid: int, kind: str) -> str | None:
     try:
-        return os.readlink(f"/proc/{pid}/ns/{kind}")
+        return str(Path(f"/proc/{pid}/ns/{kind}").readlink())
     except OSError:
         return None
+
+
+def kill_below(pid: int) -> None:
+    """SIGKILL to every descendant of a process."""
+    found = _children(pid)
+    for child in found:  # grows while it is walked
+        found += _children(child)
+    for child in found:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+
+
+def _children(pid: int) -> list[int]:
+    found: list[int] = []
+    with contextlib.suppress(OSError):
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            found += map(int, (task / "children").read_text().split())
+    return found
 
 
 @dataclass(frozen=True)
@@ -187,9 +205,10 @@ class Network:
             host.run("ip", "addr", "add", address, "dev", "bridge0")
             host.run("ip", "link", "set", "bridge0", "up")
             return
-        # The link is made beside the bridge and its other end handed over: this machine never has it. A host that was
-        # killed a moment ago may still hold its end; its name is free once the kernel let go.
-        wait_for(lambda: host.name not in self._on_bridge("ip", "-o", "link"), 10, f"the old link of {host.name}")
+        # The link is made beside the bridge and its other end handed over: this machine never has it. A dead host's
+        # connections keep its network, and so its end of the old link, for as long as the kernel sends them again.
+        if f" {host.name}@" in self._on_bridge("ip", "-o", "link"):
+            self._on_bridge("ip", "link", "del", host.name)
         self._on_bridge("ip", "link", "add", host.name, "type", "veth", "peer", "name", "eth0", "netns", str(host.pid))
         self._on_bridge("ip", "link", "set", host.name, "master", "bridge0", "up")
         host.run("ip", "addr", "add", address, "dev", "eth0")

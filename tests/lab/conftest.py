@@ -1,0 +1,72 @@
+"""The lab as fixtures: one cluster for the whole session, handed to each test clean and taken back clean."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from lab import Lab, LabError, Settings, Sharing, why_not
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Lab tests wait for each other anyway: under --dist loadgroup one worker has them all, the others do not wait."""
+    for item in items:
+        if item.get_closest_marker("lab"):
+            item.add_marker(pytest.mark.xdist_group("lab"))
+
+
+def _skip_or_fail(reason: str) -> None:
+    # Where the lab must run, a skip would pass for a success: MUSTER_REQUIRE=lab,ssh,s3
+    if "lab" in os.environ.get("MUSTER_REQUIRE", "").split(","):
+        pytest.fail(f"MUSTER_REQUIRE asks for the lab, but {reason}", pytrace=False)
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def sharing() -> Iterator[Sharing]:
+    if reason := why_not():
+        _skip_or_fail(reason)
+    sharing = Sharing()
+    sharing.join()
+    yield sharing
+    sharing.leave()
+
+
+@pytest.fixture
+def cluster(sharing: Sharing) -> Iterator[Callable[[Settings], Lab]]:
+    """`cluster(settings)`: the running lab if it has these settings, else a new one in its place."""
+
+    def with_settings(settings: Settings) -> Lab:
+        if reason := why_not(settings):
+            pytest.skip(reason)
+        now = Lab.running()
+        return now if now is not None and now.settings == settings else Lab.up(settings)
+
+    with sharing.turn():
+        yield with_settings
+
+
+@pytest.fixture
+def lab(request: pytest.FixtureRequest, cluster: Callable[[Settings], Lab]) -> Iterator[Lab]:
+    """The lab with every node idle; `@pytest.mark.parametrize("lab", [Settings(...)], indirect=True)` for another one.
+
+    After the test its jobs are cancelled, and whatever is left running on a node then fails it.
+    """
+    lab = cluster(getattr(request, "param", None) or Settings())
+    yield lab
+    try:
+        left = lab.reset()
+    except LabError as error:
+        lab.down()  # the next test gets a new one
+        pytest.fail(f"the lab did not come to rest: {error}", pytrace=False)
+    if left:
+        pytest.fail("left behind on the lab:\n  " + "\n  ".join(left), pytrace=False)
