@@ -174,7 +174,7 @@ def train_epoch(run: Fit) -> None:
     trainer.accumulate_grad_batches = state.accumulate
     limit = run.batches_per_epoch
     metrics.hook = "training_step"
-    if state.resume_at and after_batch(run, state.batch >= limit) or state.batch >= limit:
+    if (state.resume_at and after_batch(run, state.batch >= limit)) or state.batch >= limit:
         end_epoch(run)
         return
 
@@ -365,6 +365,12 @@ def _loss_of(run: Fit, output: Any) -> Tensor | None:
                 f"training_step returned a dict with the keys {sorted(map(str, output))}; it needs the key 'loss'. "
                 "(To log values use self.log; a dict under 'log' has no meaning.)"
             )
+        for removed in ("log", "progress_bar"):
+            if isinstance(output.get(removed), Mapping):
+                raise ModuleError(
+                    f"training_step returned a dict under {removed!r}, which nobody reads any more: call "
+                    "self.log_dict({...}) instead, with prog_bar=True for the progress bar."
+                )
         if not isinstance(loss, Tensor):
             raise ModuleError(f"training_step returned a 'loss' of type {type(loss).__name__}; it must be a tensor.")
         return loss
