@@ -13,6 +13,7 @@ import contextlib
 import importlib
 import mmap
 import os
+import resource
 import selectors
 import signal
 import socket
@@ -261,6 +262,8 @@ class Node:
         self._signals: list[int] = []
         for source in (link, zygote, self._wake_read):
             self._selector.register(source, selectors.EVENT_READ)
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # three descriptors a rank; the ranks keep their limit
         signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
         for name in {*spec.stop_signals, "SIGTERM", "SIGUSR1", "SIGUSR2"}:
             # Slurm signals every process of a step; what it means is the supervisor's to find out.

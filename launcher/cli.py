@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shlex
@@ -79,7 +80,14 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 def say(line: str) -> None:
     """One line to the person, apart from the ranks' stdout."""
-    print(f"launch: {line}", file=sys.stderr, flush=True)
+    _print_err(f"launch: {line}")
+
+
+def _print_err(text: str) -> None:
+    """A reader that left (`2>&1 | head`) or a full disk behind stderr is no reason to end a run."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        sys.stderr.write(text + "\n")
+        sys.stderr.flush()
 
 
 def _complain(text: str) -> None:
@@ -483,7 +491,7 @@ def _tell(folder: runs.RunFolder, outcome: Outcome) -> None:
         say(f"run {folder.run_id} stopped ({outcome.cause}); go on with: launch resume {_resume_name(folder)}")
     else:
         say(f"run {folder.run_id} failed with exit code {outcome.code}")
-        print(report(outcome, folder), file=sys.stderr, flush=True)
+        _print_err(report(outcome, folder))
 
 
 def _resume_name(folder: runs.RunFolder) -> str:

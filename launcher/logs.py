@@ -99,6 +99,7 @@ class RankLog:
         self._prefix = prefix
         self._partial = {1: b"", 2: b""}
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        self._broken: set[int] = set()
         self._copies = {}
         for stream, copy in copies.items():
             copy.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -138,7 +139,7 @@ class RankLog:
 
     def _take(self, stream: int, data: bytes) -> None:
         if stream in self._copies:
-            _write_all(self._copies[stream], data)
+            self._write(self._copies[stream], data)
         data = self._partial[stream] + data
         end = data.rfind(b"\n") + 1
         # A progress bar ends its lines with \r: shown at once, kept in the file with what follows.
@@ -149,13 +150,23 @@ class RankLog:
         if end:
             self._emit(stream, data[:end])
 
+    def _write(self, fd: int, data: bytes) -> None:
+        """A full disk ends the log, and says so on the console, but not the training."""
+        if fd in self._broken:
+            return
+        try:
+            _write_all(fd, data)
+        except OSError as error:
+            self._broken.add(fd)
+            self._console.write(2, f"launch: {self.path}: {error.strerror}; its output is lost from here on\n".encode())
+
     def _flush(self, stream: int) -> None:
         rest, self._partial[stream] = self._partial[stream], b""
         if rest:
             self._emit(stream, rest + b"\n")
 
     def _emit(self, stream: int, lines: bytes) -> None:
-        _write_all(self._file, lines)
+        self._write(self._file, lines)
         self.tail.extend(lines[-16384:].decode(errors="replace").splitlines())
         if self._shown[stream]:
             if not lines.endswith((b"\n", b"\r")):

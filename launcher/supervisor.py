@@ -31,13 +31,21 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from launcher.runs import RunFolder
+    from launcher.spec import LaunchSpec
 
-__all__ = ["Supervisor", "agent_command", "report", "spec_pipe"]
+__all__ = ["Supervisor", "agent_command", "report", "spec_pipe", "stop_signals"]
 
 _ROOT = str(Path(__file__).resolve().parent.parent)
 # The launcher must be found wherever it was installed, and nothing of it may be importable by accident: neither the
 # working directory nor the launcher's own folder may stay on sys.path.
-_BOOTSTRAP = "import sys; sys.path[0] = {root!r}; from launcher.agent import bootstrap; del sys.path[0]; bootstrap()"
+# (With PYTHONSAFEPATH python -c puts no working directory first, and nothing may be replaced.)
+_BOOTSTRAP = """
+import sys
+sys.path[: not getattr(sys.flags, "safe_path", False)] = [{root!r}]
+from launcher.agent import bootstrap
+del sys.path[0]
+bootstrap()
+"""
 
 
 def agent_command(*where: str) -> list[str]:
@@ -68,6 +76,11 @@ def spawn_agent(environment: dict[str, str], *, cwd: str, own_session: bool) -> 
     )
     theirs.close()
     return ours, process
+
+
+def stop_signals(spec: LaunchSpec) -> set[signal.Signals]:
+    """The signals that ask for a stop, less those that whoever started us has ignored: `nohup launch ...`."""
+    return {s for name in spec.stop_signals if signal.getsignal(s := signal.Signals[name]) is not signal.SIG_IGN}
 
 
 class Supervisor:
@@ -119,7 +132,7 @@ class Supervisor:
     def work(self) -> Outcome:
         """Bring the run to its end; the outcome is also in the run folder."""
         wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        handled = {signal.Signals[name] for name in self.run.spec.stop_signals} | {signal.SIGCHLD}
+        handled = stop_signals(self.run.spec) | {signal.SIGCHLD}
         old = {number: signal.signal(number, self._note_signal) for number in handled}
         if not self._own_session:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # the rank on the terminal gets it from the terminal

@@ -12,6 +12,7 @@ import atexit
 import builtins
 import contextlib
 import ctypes
+import faulthandler
 import gc
 import importlib.machinery
 import io
@@ -53,6 +54,9 @@ def run(order: dict[str, Any]) -> None:
     os.environ.clear()
     os.environ.update(environment)
     _fresh_streams(environment)
+    if faulthandler.is_enabled():  # PYTHONFAULTHANDLER: restoring the signals took its handlers away
+        faulthandler.disable()
+        faulthandler.enable()
     _fresh_randomness()
     threading.main_thread()._set_native_id()  # type: ignore[attr-defined]  # a fork leaves the parent's
     _set_threads(environment)

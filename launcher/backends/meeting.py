@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from launcher.errors import UsageError
 from launcher.processes import become_subreaper, end_descendants
-from launcher.supervisor import Supervisor, agent_command, spec_pipe
+from launcher.supervisor import Supervisor, agent_command, spec_pipe, stop_signals
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -124,7 +124,7 @@ def join(spec: LaunchSpec) -> int:
     def pass_on(number: int, _: Any) -> None:
         agent.send_signal(signal.SIGTERM if number == signal.SIGINT else number)
 
-    old = {n: signal.signal(n, pass_on) for n in (signal.Signals[name] for name in spec.stop_signals)}
+    old = {n: signal.signal(n, pass_on) for n in stop_signals(spec)}
     try:
         code = agent.wait()
     finally:

@@ -169,14 +169,17 @@ class Launch:
         cwd: Path | None = None,
         unset: tuple[str, ...] = (),
         stdin: int = subprocess.DEVNULL,
+        shell: str | None = None,
     ) -> Launched:
+        """`shell`: a command that a shell runs first, in the same process."""
         mark = uuid.uuid4().hex
         environment = {k: v for k, v in os.environ.items() if k not in unset} | {_MARK: mark} | (env or {})
+        before = [] if shell is None else ["sh", "-c", f'{shell}; exec "$@"', "sh"]
         count = len(self._started)
         out, err = (self.cwd.parent / f"launch-{count}.{kind}" for kind in ("out", "err"))
         with open(out, "wb") as stdout, open(err, "wb") as stderr:
             process = subprocess.Popen(
-                [COMMAND, *arguments], cwd=cwd or self.cwd, env=environment, stdin=stdin, stdout=stdout, stderr=stderr,
+                [*before, COMMAND, *arguments], cwd=cwd or self.cwd, env=environment, stdin=stdin, stdout=stdout, stderr=stderr,
                 start_new_session=True,
             )  # fmt: skip
         launched = Launched(process, mark, out, err, cwd or self.cwd)

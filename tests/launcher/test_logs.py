@@ -173,6 +173,18 @@ def test_a_console_whose_reader_left_stops_nothing() -> None:
     os.close(write)
 
 
+def test_a_full_disk_ends_the_log_and_not_the_rank(tmp_path: Path, screen: Screen) -> None:
+    (tmp_path / "rank-0.log").symlink_to("/dev/full")
+    rank = Rank(tmp_path, screen)
+    rank.says(b"one\n")
+    rank.says(b"two\n")
+    rank.ends()
+    said = f"launch: {rank.path}: No space left on device; its output is lost from here on\n".encode()
+    assert [data for fd, data in screen.written if fd == 2] == [said]
+    assert [data for fd, data in screen.written if fd == 1] == [b"[0] one\n", b"[0] two\n"]
+    assert list(rank.log.tail) == ["one", "two"]
+
+
 def test_prefixes() -> None:
     where = {"rank": 3, "local_rank": 1, "role": "trainer", "host": "node1"}
     assert prefix_for("[${rank}] ", **where) == b"[3] "
