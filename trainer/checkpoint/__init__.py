@@ -6,5 +6,16 @@ from trainer.checkpoint.file import load_checkpoint, load_file, save_file
 from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.retention import Retention
 from trainer.checkpoint.store import Loaded, Saved, Store
+from trainer.checkpoint.weights import load_tensors
 
-__all__ = ["Loaded", "Manifest", "Retention", "Saved", "Store", "load_checkpoint", "load_file", "save_file"]
+__all__ = [
+    "Loaded",
+    "Manifest",
+    "Retention",
+    "Saved",
+    "Store",
+    "load_checkpoint",
+    "load_file",
+    "load_tensors",
+    "save_file",
+]

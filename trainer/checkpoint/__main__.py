@@ -1,0 +1,212 @@
+"""`python -m trainer.checkpoint`: look at, check, compare, convert and clean up checkpoints, anywhere fsspec reaches.
+
+It needs neither a GPU nor the training code, and runs no code from the files.
+"""
+
+# ruff: noqa: T201 - a command prints
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from trainer.checkpoint import catalog, retention
+from trainer.checkpoint.folder import Folder
+from trainer.checkpoint.reader import read_contents, verify
+from trainer.checkpoint.retention import Retention
+from trainer.checkpoint.store import Store
+from trainer.checkpoint.weights import read_tensors
+from trainer.errors import CheckpointError, TrainerError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from trainer.checkpoint.values import Json
+
+# Exit codes: all is well; what was looked at is damaged or differs; it could not be looked at, or wrong usage.
+_OK, _BAD, _ERROR = 0, 1, 2
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        code: int = arguments.run(arguments)
+    except (TrainerError, OSError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return _ERROR
+    return code
+
+
+def _ls(arguments: argparse.Namespace) -> int:
+    store = Folder.at(arguments.store)
+    found = catalog.checkpoints_in(store)
+    if not found and not store.sizes():
+        raise CheckpointError(f"There is nothing at {store}.")
+    for checkpoint in found:
+        manifest = checkpoint.manifest
+        made = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(manifest.created))
+        size = f"{manifest.shard_bytes / 2**20:,.1f} MiB"
+        print(f"{manifest.step:>12}  {made}  {manifest.world_size:>5} ranks  {size:>16}  {manifest.name}")
+    for path, known in catalog.damaged_in(store).items():
+        print(f"{'damaged':>12}  {'set aside' if known else 'its manifest cannot be read'}: {path}")
+    return _OK
+
+
+def _show(arguments: argparse.Namespace) -> int:
+    checkpoint = catalog.open_checkpoint(arguments.checkpoint)
+    manifest, contents = checkpoint.manifest, read_contents(checkpoint)
+    print(f"{checkpoint.folder}\nstep {manifest.step}, {manifest.world_size} ranks, {manifest.shard_bytes} bytes")
+    print(f"written by {json.dumps(manifest.versions)}; extra {json.dumps(manifest.extra)}")
+    for key, pieces in contents.pieces.items():
+        ranks = [rank for rank, _ in pieces]
+        where = f"rank {ranks[0]}" if len(ranks) == 1 else f"{len(ranks)} ranks"
+        print(f"{key}  {pieces[0][1].dtype} {list(pieces[0][1].shape)}  {where}")
+    for path, value in _plain(contents.state):
+        print(f"{path} = {value}")
+    return _OK
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    checkpoint = catalog.open_checkpoint(arguments.checkpoint)
+    problems = verify(checkpoint, print)
+    for problem in problems:
+        print(problem)
+    if not problems:
+        read_contents(checkpoint)
+        print(f"{checkpoint.path}: whole")
+    return _BAD if problems else _OK
+
+
+def _diff(arguments: argparse.Namespace) -> int:
+    sides = [catalog.open_checkpoint(path) for path in (arguments.one, arguments.other)]
+    one, other = (read_tensors(side, arguments.only) for side in sides)
+    lines = [f"only in the {'first' if key in one else 'second'}: {key}" for key in one.keys() ^ other.keys()]
+    for key in (k for k in one if k in other):
+        a, b = one[key], other[key]
+        if a.shape != b.shape or a.dtype != b.dtype:
+            lines.append(f"{key}: {a.dtype} {list(a.shape)} and {b.dtype} {list(b.shape)}")
+        elif a.reshape(-1).view(torch.uint8).ne(b.reshape(-1).view(torch.uint8)).any():
+            count = int((a != b).sum())
+            lines.append(f"{key}: {count} of {a.numel()} elements differ, at most by {_distance(a, b):.3g}")
+    plain = [dict(_plain(read_contents(side).state)) for side in sides]
+    for path in dict.fromkeys([*plain[0], *plain[1]]):
+        values = [p.get(path, "nothing") for p in plain]
+        if values[0] != values[1]:
+            lines.append(f"{path}: {values[0]} and {values[1]}")
+    print("\n".join(sorted(lines)) if lines else "no difference")
+    return _BAD if lines else _OK
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    checkpoint = catalog.open_checkpoint(arguments.checkpoint)
+    target = Folder.at(arguments.target)
+    if target.fs.exists(target.path):
+        raise CheckpointError(f"{target} is there already; nothing is written over.")
+    if arguments.to == "torch":
+        from trainer.checkpoint.file import load_checkpoint, save_file
+
+        save_file(load_checkpoint(checkpoint.path), arguments.target)
+        return _OK
+    tensors = read_tensors(checkpoint, arguments.only)
+    if not tensors:
+        raise CheckpointError(f"No key of {checkpoint.path} matches {arguments.only!r}.")
+    if arguments.to == "safetensors":
+        import safetensors.torch
+
+        target.parent.make()
+        target.parent.write_whole(target.name, safetensors.torch.save(tensors, {"format": "pt"}))
+    else:
+        from torch.distributed.checkpoint.state_dict_saver import save
+
+        # By way of a local folder: torch renamed its writer for other file systems between 2.11 and 2.15.
+        with tempfile.TemporaryDirectory() as folder:
+            save(dict(tensors), checkpoint_id=folder, no_dist=True)
+            target.fs.put(folder + "/", target.path + "/", recursive=True)
+    return _OK
+
+
+def _consolidate(arguments: argparse.Namespace) -> int:
+    checkpoint = catalog.open_checkpoint(arguments.checkpoint)
+    manifest = checkpoint.manifest
+    loaded = Store(str(checkpoint.folder.parent.parent)).load(checkpoint.path)
+    target = Store(arguments.store)
+    if any(m.name == manifest.name for m in target.list()):
+        raise CheckpointError(f"{target.folder} holds {manifest.name} already; nothing is written over.")
+    saved = target.save(loaded.state, step=manifest.step, name=manifest.name, rank_state=loaded.rank_state,
+                        extra=manifest.extra)  # fmt: skip
+    print(saved.path)
+    return _OK
+
+
+def _gc(arguments: argparse.Namespace) -> int:
+    store = Folder.at(arguments.store)
+    dead = catalog.dead_attempts(store, time.time() - arguments.older_than * 3600)
+    for folder in dead:
+        print(f"never committed: {folder}")
+        if not arguments.dry_run:
+            catalog.remove_attempt(folder)
+    if arguments.last is not None:
+        policy = Retention(last=arguments.last)
+        if arguments.dry_run:
+            unwanted = policy.removable([c.manifest for c in catalog.checkpoints_in(store)])
+            names = [m.name for m in unwanted]
+        else:
+            names = retention.remove_unwanted(store, policy)
+        for name in names:
+            print(f"older than the last {arguments.last}: {store / name}")
+    return _OK
+
+
+def _plain(skeleton: Json, path: str = "") -> Iterator[tuple[str, str]]:
+    """The plain values of a state by their paths, as JSON."""
+    if isinstance(skeleton, dict) and not any(key.startswith("$") for key in skeleton):
+        for key, value in skeleton.items():
+            yield from _plain(value, f"{path}.{key}" if path else key)
+    elif isinstance(skeleton, list):
+        for index, value in enumerate(skeleton):
+            yield from _plain(value, f"{path}.{index}")
+    elif not (isinstance(skeleton, dict) and skeleton.keys() & {"$tensor", "$complex_tensor", "$array"}):
+        yield path, json.dumps(skeleton)
+
+
+def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a.double() - b.double()).abs().max())
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m trainer.checkpoint", description=(__doc__ or "").split("\n")[0])
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Any, text: str, *names: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=text)
+        added.set_defaults(run=run)
+        for positional in names:
+            added.add_argument(positional, help="a path or fsspec URL")
+        return added
+
+    command("ls", _ls, "list the checkpoints of a store, newest first", "store")
+    command("show", _show, "print what a checkpoint holds", "checkpoint")
+    command("verify", _verify, "read every byte of a checkpoint; exit 1 if any is damaged", "checkpoint")
+    diff = command("diff", _diff, "compare two checkpoints; exit 1 if they differ", "one", "other")
+    export = command("export", _export, "write a checkpoint in another format", "checkpoint", "target")
+    export.add_argument("--to", choices=["safetensors", "torch", "dcp"], default="safetensors",
+                        help="torch: the whole state in one file; the others: its tensors by key")  # fmt: skip
+    for which in (diff, export):
+        which.add_argument("--only", default="*", metavar="PATTERN", help="keys, as a shell pattern")
+    command("consolidate", _consolidate, "write a checkpoint of many ranks as one shard into a store", "checkpoint",
+            "store")  # fmt: skip
+    gc = command("gc", _gc, "remove attempts that were never committed", "store")
+    gc.add_argument("--older-than", type=float, default=24.0, metavar="HOURS", help="begun so long ago (default 24)")
+    gc.add_argument("--last", type=int, metavar="K", help="and all checkpoints but the newest K")
+    gc.add_argument("--dry-run", action="store_true", help="only say what would go")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
