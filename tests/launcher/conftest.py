@@ -179,7 +179,8 @@ class Launch:
         out, err = (self.cwd.parent / f"launch-{count}.{kind}" for kind in ("out", "err"))
         with open(out, "wb") as stdout, open(err, "wb") as stderr:
             process = subprocess.Popen(
-                [*before, COMMAND, *arguments], cwd=cwd or self.cwd, env=environment, stdin=stdin, stdout=stdout, stderr=stderr,
+                [*before, COMMAND, *arguments], cwd=cwd or self.cwd, env=environment,
+                stdin=stdin, stdout=stdout, stderr=stderr,
                 start_new_session=True,
             )  # fmt: skip
         launched = Launched(process, mark, out, err, cwd or self.cwd)

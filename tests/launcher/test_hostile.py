@@ -51,7 +51,8 @@ def test_python_path_and_faulthandler_reach_the_rank(launch, safe: str) -> None:
     launch.script("where = 'first'\n", "paths/first/mine.py")
     launch.script("where = 'second'\n", "paths/second/mine.py")
     script = launch.script(
-        "import ctypes, mine, sys\nprint(mine.where, [p for p in sys.path if 'paths' in p or 'jobs' in p], flush=True)\n"
+        "import ctypes, mine, sys\n"
+        "print(mine.where, [p for p in sys.path if 'paths' in p or 'jobs' in p], flush=True)\n"
         "ctypes.string_at(0)\n",
         "jobs/job.py",
     )
