@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from trainer.errors import CheckpointError, ConfigError
+from trainer.materialize import is_meta, materialize
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from trainer.distributed import World
     from trainer.module import Module
+    from trainer.precision import Precision
 
 __all__ = ["DDP", "FSDP", "Parallel", "Single", "make_parallel"]
 
@@ -34,8 +36,15 @@ class Parallel:
 
     def __init__(self) -> None:
         self.world: World
+        self.precision: Precision | None = None
         self.module: nn.Module
         self.step: Callable[..., Any]
+
+    def place(self, module: nn.Module) -> None:
+        """Bring the module to the device; what is on the meta device gets its first weights, seeded as torch is."""
+        if is_meta(module):
+            materialize(module, self.world.device, seed=self.world.broadcast(torch.initial_seed()))
+        module.to(self.world.device)
 
     def wrap(self, module: nn.Module, *, training: bool = True) -> None:
         """Take the module; afterwards `step` is what to call in place of `module.training_step`.
@@ -88,7 +97,10 @@ class Parallel:
         from torch.distributed.utils import _sync_module_states
 
         group = dist.distributed_c10d._get_default_group()
-        _sync_module_states(module, group, 250 * 1024 * 1024, src=0, params_and_buffers_to_ignore=set())
+        # Weights that are still to be made will be the same everywhere, and shards are parts of what was.
+        tensors = (*module.named_parameters(), *module.named_buffers())
+        others = {name for name, t in tensors if t.is_meta or hasattr(t, "full_tensor")}
+        _sync_module_states(module, group, 250 * 1024 * 1024, src=0, params_and_buffers_to_ignore=others)
 
 
 class Single(Parallel):
@@ -220,7 +232,10 @@ class FSDP(Parallel):
     class or several: each module of it. A number: each smallest module with at least so many parameters. Whatever
     `Module.configure_model` has sharded already stays as it is, and the rest belongs to the module itself.
     replicas: groups of ranks that hold the same shards (HSDP); ranks of one group are neighbours.
-    reshard_after_forward, mp_policy: as fully_shard takes them.
+    reshard_after_forward, mp_policy: as fully_shard takes them. Without an mp_policy, mixed precision gathers
+    parameters in 16 bits and reduces gradients in 32; autocast still chooses each operation's format, so that losses
+    and normalisations are computed as with the other strategies.
+    cpu_offload: parameters, gradients and optimizer state live on the CPU, and parameters visit the device in use.
     """
 
     name = "fsdp"
@@ -233,27 +248,31 @@ class FSDP(Parallel):
         replicas: int | None = 1,
         reshard_after_forward: bool | int | None = None,
         mp_policy: MixedPrecisionPolicy | None = None,
+        cpu_offload: bool = False,
     ) -> None:
         super().__init__()
         if replicas is not None and replicas < 1:
             raise ConfigError(f"FSDP(replicas={replicas}): at least 1, or None for one per node.")
         self.units, self.replicas = units, replicas
         self.reshard_after_forward, self.mp_policy = reshard_after_forward, mp_policy
+        self.cpu_offload = cpu_offload
+        self._statistics: list[Tensor] = []
 
-    def wrap(self, module: nn.Module, *, training: bool = True) -> None:  # noqa: ARG002 - shards are shards
+    def place(self, module: nn.Module) -> None:
+        # Layers on the meta device are made and sharded unit by unit, so that there is never more than one of them.
+        module._apply(lambda t: t if t.is_meta else t.to(self.world.device))  # type: ignore[no-untyped-call]
+
+    def wrap(self, module: nn.Module, *, training: bool = True) -> None:
         from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
         if not isinstance(module, FSDPModule):
             self._same_start(module)
-            options: dict[str, Any] = {"mesh": self._mesh()}
-            if self.reshard_after_forward is not None:
-                options["reshard_after_forward"] = self.reshard_after_forward
-            if self.mp_policy is not None:
-                options["mp_policy"] = self.mp_policy
-            for unit in _units(module, self.units):
+            seed = self.world.broadcast(torch.initial_seed()) if is_meta(module) else 0
+            options = self._options()
+            for unit in (*_units(module, self.units), module):
                 if not isinstance(unit, FSDPModule):
+                    materialize(module, self.world.device, seed=seed, part=unit)
                     fully_shard(unit, **options)
-            fully_shard(module, **options)
         self.module = module
         for name in _STEPS:
             # In the instance's own dict it is there from an earlier run: once more would run FSDP's hooks twice.
@@ -262,6 +281,35 @@ class FSDP(Parallel):
                 # It wraps the bound method, so that inspect.signature would drop the batch along with self.
                 module.__dict__[name].__func__.__signature__ = inspect.signature(getattr(type(module), name))
         self.step = module.training_step  # type: ignore[assignment]
+        norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
+        self._statistics = [b for m in norms for b in m.buffers(recurse=False)]
+        if training and self._statistics:
+            self.step = self._step_with_statistics
+
+    def _step_with_statistics(self, *args: Any, **kwargs: Any) -> Any:
+        """Running statistics are replicated: those of rank 0 hold before each step, as with DDP."""
+        group = dist.distributed_c10d._get_default_group()
+        for dtype in {b.dtype for b in self._statistics}:
+            same = [b for b in self._statistics if b.dtype == dtype]
+            dist._broadcast_coalesced(group, same, 250 * 1024 * 1024, 0)  # type: ignore[attr-defined]
+        return self.module.training_step(*args, **kwargs)  # type: ignore[operator]
+
+    def _options(self) -> dict[str, Any]:
+        from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
+
+        options: dict[str, Any] = {"mesh": self._mesh()}
+        if self.reshard_after_forward is not None:
+            options["reshard_after_forward"] = self.reshard_after_forward
+        if self.mp_policy is not None:
+            options["mp_policy"] = self.mp_policy
+        elif self.precision is not None and self.precision.autocast_dtype is not None:
+            # The inputs' format is autocast's business: targets, too, are among them.
+            options["mp_policy"] = MixedPrecisionPolicy(
+                self.precision.autocast_dtype, torch.float32, cast_forward_inputs=False
+            )
+        if self.cpu_offload:
+            options["offload_policy"] = CPUOffloadPolicy(pin_memory=self.world.device.type == "cuda")
+        return options
 
     def _mesh(self) -> Any:
         from torch.distributed.device_mesh import init_device_mesh
@@ -387,7 +435,7 @@ def _blocks(module: nn.Module) -> Iterator[nn.Module]:
             yield from _blocks(child)
 
 
-def make_parallel(strategy: str | Parallel, world: World) -> Parallel:
+def make_parallel(strategy: str | Parallel, world: World, precision: Precision | None = None) -> Parallel:
     """The way of running that a strategy's name asks for, or the given one.
 
     On one rank all of them are `Single`: a script that says "ddp" or "fsdp" must also run as one process, where there
@@ -401,7 +449,7 @@ def make_parallel(strategy: str | Parallel, world: World) -> Parallel:
         parallel = Single()
     elif isinstance(parallel, Single):
         raise ConfigError(f"strategy={strategy!r} is for one rank, and there are {world.size}; use 'auto' or 'ddp'.")
-    parallel.world = world
+    parallel.world, parallel.precision = world, precision
     return parallel
 
 
