@@ -325,7 +325,6 @@ class StochasticWeightAveraging(Callback):
                     if index >= trainer.num_training_batches:
                         break
                     metrics.batch = pl_module.transfer_batch_to_device(batch, trainer.device, 0)
-                    metrics.batch_size = None
                     pl_module.training_step(metrics.batch, index)
         finally:
             metrics.reset()

@@ -5,5 +5,6 @@ from __future__ import annotations
 from trainer.loggers.csv import CSVLogger
 from trainer.loggers.logger import Logger
 from trainer.loggers.tensorboard import TensorBoardLogger
+from trainer.loggers.wandb import WandbLogger
 
-__all__ = ["CSVLogger", "Logger", "TensorBoardLogger"]
+__all__ = ["CSVLogger", "Logger", "TensorBoardLogger", "WandbLogger"]

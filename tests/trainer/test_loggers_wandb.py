@@ -1,0 +1,69 @@
+"""WandbLogger, offline, with the real package."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+PROGRAM = Path(__file__).parents[1] / "programs" / "wandb_offline.py"
+
+# Looked for, not imported: importing wandb leaves threads and environment variables behind.
+
+if find_spec("wandb") is None:
+    pytest.skip("needs wandb", allow_module_level=True)
+
+READ = """
+import json, struct, sys
+from wandb.proto.wandb_internal_pb2 import Record
+
+def records(data, block=32768):
+    # W&B's file is a LevelDB log behind 7 bytes of its own: blocks of records with checksum, length and type.
+    place, whole = 7, b""
+    while place + 7 <= len(data):
+        if block - place % block < 7:
+            place += block - place % block
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, place)
+        whole += data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # a full record, or the last piece of one
+            yield whole
+            whole = b""
+
+rows, config = [], {}
+for data in records(open(sys.argv[1], "rb").read()):
+    record = Record()
+    record.ParseFromString(data)
+    if record.WhichOneof("record_type") == "history":
+        rows.append({i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in record.history.item})
+    for part in (record.config, record.run.config):
+        config |= {u.key: json.loads(u.value_json) for u in part.update if u.key}
+print(json.dumps([rows, config]))
+"""
+
+
+def run(*command, **env):
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], capture_output=True, text=True, timeout=100, check=False,
+        env=os.environ | {"WANDB_SILENT": "true"} | env,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_offline_run_and_its_restart(tmp_path):
+    first = run(PROGRAM, tmp_path, LAUNCH_RUN_DIR=str(tmp_path))
+    [file] = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    rows, config = json.loads(run("-c", READ, file))
+    assert config["lr"] == 0.1
+    logged = [row for row in rows if "p-loss" in row]
+    assert [row["trainer/global_step"] for row in logged] == [1, 3]
+    assert any("p-table" in key for row in rows for key in row)
+    # A restart in the same run folder goes on in the same W&B run.
+    assert run(PROGRAM, tmp_path, LAUNCH_RUN_DIR=str(tmp_path)) == first
