@@ -62,7 +62,7 @@ def _together(starts: list[Any], mode: str) -> Iterator[list[Any]]:
         for i in range(len(starts)):
             try:
                 parts.append(next(iterators[i]))
-            except StopIteration:
+            except StopIteration:  # noqa: PERF203 - it ends that loader only
                 ended[i] = True
                 if mode == "min_size" or all(ended):
                     return

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from trainer.hparams import HyperParameters, build_from_hparams
@@ -49,13 +50,15 @@ class DataModule(HyperParameters, DataHooks):
         def loader(dataset: Any, shuffle: bool) -> Any:
             if isinstance(dataset, Mapping):
                 return {name: loader(d, shuffle) for name, d in dataset.items()}
-            if isinstance(dataset, Sequence) and not hasattr(type(dataset), "__add__"):
-                return [loader(d, shuffle) for d in dataset]
-            if isinstance(dataset, (list, tuple)) and dataset and all(hasattr(d, "__getitem__") for d in dataset):
+            if isinstance(dataset, Sequence):
                 return [loader(d, shuffle) for d in dataset]
             shuffled = shuffle and not isinstance(dataset, IterableDataset)
             return DataLoader(
-                dataset, batch_size=batch_size, shuffle=shuffled, num_workers=num_workers, pin_memory=True
+                dataset,
+                batch_size=batch_size,
+                shuffle=shuffled,
+                num_workers=num_workers,
+                pin_memory=torch.cuda.is_available(),
             )
 
         datamodule = cls(**datamodule_kwargs)
@@ -94,7 +97,7 @@ class DataModule(HyperParameters, DataHooks):
 
         checkpoint = load_checkpoint(checkpoint_path, map_location=map_location, weights_only=weights_only is not False)
         if hparams_file is not None:
-            import yaml
+            import yaml  # type: ignore[import-untyped]
 
             with open(hparams_file) as file:
                 checkpoint[cls.CHECKPOINT_HYPER_PARAMS_KEY] = yaml.safe_load(file)

@@ -68,6 +68,7 @@ class HyperParameters:
 
     _log_hyperparams = False
     _hparams_name: str | None = None
+    _hparams: Any
 
     def save_hyperparameters(
         self,
@@ -87,8 +88,8 @@ class HyperParameters:
         given = _given.get()
         if given is not None:
             found = dict(given)
-        elif is_dataclass(self):
-            found = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+        elif own := getattr(type(self), "__dataclass_fields__", None):
+            found = {name: getattr(self, name) for name, f in own.items() if f.init}
         else:
             start = frame or inspect.currentframe().f_back  # type: ignore[union-attr]
             found = _init_arguments(start, self)
@@ -129,7 +130,7 @@ class HyperParameters:
     def hparams(self) -> Any:
         """What `save_hyperparameters` kept; may be changed by the user."""
         if "_hparams" not in self.__dict__:
-            self._hparams: Any = AttributeDict()
+            self._hparams = AttributeDict()
         return self._hparams
 
     @property

@@ -81,7 +81,7 @@ class Fit:
     gradient_clip_algorithm: str
     # Clipping and on_before_optimizer_step; None if there is neither.
     before_step: Callable[[Any], None] | None = None
-    feed: Feed | CombinedFeed = None  # type: ignore[assignment] # the loaders are asked for last
+    feed: Any = None  # a Feed or CombinedFeed; the loaders are asked for last
     batches_per_epoch: float = 0
     validation: Evaluation | None = None
     # Set per epoch: validate after every so many batches (0: not in this epoch), counted over epochs or not.

@@ -60,8 +60,8 @@ class Entry:
     """One logged name of one hook: how it is reported, and what has been seen of it in this epoch."""
 
     __slots__ = (
-        "add_suffix", "dataloader_idx", "dtype", "fresh", "hook", "label", "last", "logger", "metric", "name", "on_epoch",
-        "on_step", "options", "pending", "pending_sizes", "prog_bar", "rank_zero_only", "reduce", "seen",
+        "add_suffix", "dataloader_idx", "dtype", "fresh", "hook", "label", "last", "logger", "metric", "name",
+        "on_epoch", "on_step", "options", "pending", "pending_sizes", "prog_bar", "rank_zero_only", "reduce", "seen",
         "sync_epoch", "sync_step", "total", "weight",
     )  # fmt: skip
 
@@ -439,10 +439,8 @@ class Metrics:
         if not self._unread:
             return
         self._unread = False
-        entries = [
-            e for e in self._distinct()
-            if e.on_step and e.fresh and e.last is not None and (self.training or e.dataloader_idx == self.dataloader_idx)
-        ]  # fmt: skip
+        fresh = [e for e in self._distinct() if e.on_step and e.fresh and e.last is not None]
+        entries = [e for e in fresh if self.training or e.dataloader_idx == self.dataloader_idx]
         for entry, value in zip(entries, _to_floats([e.last for e in entries]), strict=True):
             entry.fresh = False
             self._publish(entry, torch.tensor(value, dtype=entry.dtype), on_step=True)
@@ -477,7 +475,7 @@ class Metrics:
     # --------------------------------------------------------------------------------- the checkpoint
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's half-finished training epoch, and what callbacks could read."""
+        """The half-finished training epoch of this rank, and what callbacks could read."""
         entries = []
         for entry in {id(e): e for e in self._sections["train"].values()}.values():
             if not entry.seen or (entry.metric is not None and self._path_of(entry.metric) is None):

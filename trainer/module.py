@@ -1,5 +1,7 @@
 """`Module`: what a user writes to say how a model is trained. A plain `nn.Module` with hooks."""
 
+# ruff: noqa: ARG002 - a hook's default does not use what an override may
+
 from __future__ import annotations
 
 from contextlib import contextmanager
@@ -90,6 +92,13 @@ class Module(HyperParameters, DataHooks, nn.Module):
         "hparams_initial", "world_size",
     )  # fmt: skip
 
+    _trainer: Trainer | None
+    _metrics: Metrics | None
+    _automatic_optimization: bool
+    _strict_loading: bool
+    _example_input_array: Any
+    _frozen_by_toggle: dict[Tensor, bool]
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__()
         # Written around nn.Module.__setattr__, whose checks have nothing to do with these.
@@ -100,7 +109,7 @@ class Module(HyperParameters, DataHooks, nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the model computes; used for inference and by the default `predict_step`."""
-        return super().forward(*args, **kwargs)  # type: ignore[misc]
+        return super().forward(*args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """`training_step(batch, batch_idx)`: the loss, or a dict with "loss", or None to skip the batch."""
@@ -136,7 +145,7 @@ class Module(HyperParameters, DataHooks, nn.Module):
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Back-propagate the loss (already scaled for accumulation and mixed precision)."""
-        loss.backward(*args, **kwargs)
+        loss.backward(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
@@ -256,7 +265,7 @@ class Module(HyperParameters, DataHooks, nn.Module):
         `rank_zero_only=True`, `sync_dist=False`.
         enable_graph and metric_attribute are accepted for code written for Lightning and have no effect.
         """
-        metrics: Metrics | None = self._metrics
+        metrics = self._metrics
         if metrics is None:
             self._log_without_trainer(name)
             return
@@ -281,7 +290,7 @@ class Module(HyperParameters, DataHooks, nn.Module):
         rank_zero_only: bool = False,
     ) -> None:
         """`log` for each item of a dict or a torchmetrics MetricCollection."""
-        metrics: Metrics | None = self._metrics
+        metrics = self._metrics
         if metrics is None:
             self._log_without_trainer(", ".join(map(str, dictionary)))
             return
@@ -334,7 +343,7 @@ class Module(HyperParameters, DataHooks, nn.Module):
         """The Trainer that runs this module."""
         if self._trainer is None:
             raise ModuleError(f"{type(self).__name__} is not attached to a Trainer; call trainer.fit(model) first.")
-        return self._trainer  # type: ignore[no-any-return]
+        return self._trainer
 
     @trainer.setter
     def trainer(self, trainer: Trainer | None) -> None:
@@ -451,7 +460,7 @@ class Module(HyperParameters, DataHooks, nn.Module):
 
         checkpoint = load_checkpoint(checkpoint_path, map_location=map_location, weights_only=weights_only is not False)
         if hparams_file is not None:
-            import yaml
+            import yaml  # type: ignore[import-untyped]
 
             with open(hparams_file) as file:
                 checkpoint[cls.CHECKPOINT_HYPER_PARAMS_KEY] = yaml.safe_load(file)

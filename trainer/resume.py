@@ -65,7 +65,7 @@ class SavedList:
             json.dump([vars(e) for e in entries[-_KEPT:]], file, indent=1)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, self.path)
+        temporary.replace(self.path)
 
 
 def is_folder(path: str) -> bool:

@@ -6,11 +6,9 @@ plain values, split into what all ranks share and what each rank has for itself;
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from enum import Enum
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from trainer.errors import CheckpointError, ConfigError
 from trainer.ranks import rank_zero_warn
@@ -88,10 +86,10 @@ class TrainState:
 
     epoch: epochs. batch: training batches of this epoch. batches: training batches in all. global_step: optimizer
     steps. logger_step: batches after which an optimizer stepped (the x axis of loggers). position: what the training
-    loader(s) have given, in their own terms. resume_at: where in the tail of a batch or epoch the state was taken
-    (see `trainer.loop`), empty between two batches. accumulate: micro-batches per step, which callbacks may change.
-    elapsed: seconds spent since the last validation, for time-based validation. finished: fit is over. seed: of the
-    sample order.
+    loader(s) have given, in their own terms (None: nothing yet). resume_at: where in the tail of a batch or epoch the
+    state was taken (see `trainer.loop`), empty between two batches. accumulate: micro-batches per step, which
+    callbacks may change. elapsed: seconds since the last validation, for one by time. finished: fit is over. seed: of
+    the sample order.
     """
 
     epoch: int = 0
@@ -99,7 +97,7 @@ class TrainState:
     batches: int = 0
     global_step: int = 0
     logger_step: int = 0
-    position: list[Any] = field(default_factory=list)
+    position: Any = None
     resume_at: str = ""
     accumulate: int = 1
     elapsed: float = 0.0
@@ -246,16 +244,16 @@ def _lightning_progress(checkpoint: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def metric_states(module: torch.nn.Module) -> dict[str, Any]:
+def metric_states(module: Any) -> dict[str, Any]:
     """The half-finished torchmetrics objects among a module's children: they are not in its state_dict by default."""
     found = {}
     for name, child in module.named_modules():
-        if _is_metric(child) and getattr(child, "_update_count", 0):
-            found[name] = {"state": dict(child.metric_state), "updates": child._update_count}  # type: ignore[call-overload]
+        if _is_metric(child) and child._update_count:
+            found[name] = {"state": dict(child.metric_state), "updates": child._update_count}
     return found
 
 
-def load_metric_states(module: torch.nn.Module, states: dict[str, Any]) -> None:
+def load_metric_states(module: Any, states: dict[str, Any]) -> None:
     """Put back what `metric_states` returned."""
     children = dict(module.named_modules())
     for name, saved in states.items():
@@ -265,9 +263,9 @@ def load_metric_states(module: torch.nn.Module, states: dict[str, Any]) -> None:
         for key, value in saved["state"].items():
             metric._modules.pop(key, None)
             setattr(metric, key, value)
-        metric._update_count = saved["updates"]  # type: ignore[assignment]
-        metric._computed = None  # type: ignore[assignment]
+        metric._update_count = saved["updates"]
+        metric._computed = None
 
 
-def _is_metric(child: torch.nn.Module) -> bool:
+def _is_metric(child: Any) -> bool:
     return hasattr(child, "metric_state") and hasattr(child, "_update_count")

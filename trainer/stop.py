@@ -57,7 +57,7 @@ class StopAgreement:
         self._prefix = ""
 
     def __enter__(self) -> StopAgreement:
-        global _sessions  # noqa: PLW0603
+        global _sessions
         if self._world.size > 1:
             _sessions += 1
             self._prefix = f"trainer/stop/{_sessions}"
@@ -102,7 +102,7 @@ class StopAgreement:
         return place >= self.limit
 
     def _request(self) -> None:
-        """This rank received a signal: tell all."""
+        """Tell all ranks that this one received a signal."""
         self._requested = True
         if self._world.size == 1:
             self._set_limit(0)
@@ -135,7 +135,7 @@ class StopAgreement:
             keys = [f"{self._prefix}/{rank}" for rank in range(size)]
             store.wait(keys, timedelta(seconds=_ANSWER_S))
             self._set_limit(max(int(value) for value in store.multi_get(keys)))
-        except BaseException as failure:  # noqa: BLE001 - handed to the loop, or void if the run is over
+        except BaseException as failure:  # handed to the loop, or void if the run is over
             self._failure = failure
         finally:
             self._decided.set()

@@ -18,7 +18,7 @@ class Strategy:
 
     @property
     def root_device(self) -> torch.device:
-        """This rank's device."""
+        """The device of this rank."""
         return self._trainer.device
 
     @property
@@ -64,7 +64,7 @@ class Strategy:
         """The object of rank `src`."""
         return self._trainer.world.broadcast(obj, src)
 
-    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:  # noqa: ARG002 - Lightning's
         """The mean (or sum, min, max) of a tensor over the ranks."""
         if not isinstance(tensor, torch.Tensor) or self._trainer.world_size == 1:
             return tensor

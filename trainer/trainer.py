@@ -8,6 +8,7 @@ import math
 import os
 import time
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,7 +50,6 @@ from trainer.strategy import Strategy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
     from trainer.distributed import World
     from trainer.parallel import Parallel
@@ -147,7 +147,7 @@ class Trainer:
 
         run_dir = None if config.fast_dev_run else self.ranks.run_dir
         self.run_dir = run_dir
-        self.default_root_dir = config.default_root_dir or run_dir or os.getcwd()
+        self.default_root_dir = config.default_root_dir or run_dir or str(Path.cwd())
         self.state = TrainerState()
         self.train_state = TrainState()
         self.lightning_module: Module | None = None
@@ -370,13 +370,11 @@ class Trainer:
             logger.agree(self.world)
             _ = getattr(logger, "experiment", None)  # made now, so that setup() may use it
         self.world.barrier("before setup()")
-        for owner in (self.datamodule, *self.callbacks, module):
-            if owner is self.datamodule and owner is None:
-                continue
-            if owner is module or owner is self.datamodule:
-                owner.setup(stage=str(fn))
-            else:
-                owner.setup(self, module, stage=str(fn))
+        if self.datamodule is not None:
+            self.datamodule.setup(stage=str(fn))
+        for callback in self.callbacks:
+            callback.setup(self, module, stage=str(fn))
+        module.setup(stage=str(fn))
         self.world.barrier("after setup()")
         if overridden(module, "configure_model", Module):
             with self.device if self.device.type != "mps" else nullcontext():
@@ -384,7 +382,8 @@ class Trainer:
         self.precision_object.convert_module(module)
         if config.sync_batchnorm and self.world_size > 1 and fn is TrainerFn.FITTING:
             for name, child in list(module.named_children()):
-                setattr(module, name, nn.SyncBatchNorm.convert_sync_batchnorm(child))
+                converted = nn.SyncBatchNorm.convert_sync_batchnorm(child)  # type: ignore[no-untyped-call]
+                setattr(module, name, converted)
         module.to(self.device)
 
     def _set_backends(self) -> None:
@@ -424,7 +423,7 @@ class Trainer:
             if chosen:
                 try:
                     owner.prepare_data()
-                except Exception as error:  # noqa: BLE001 - raised again below, after the others know
+                except Exception as error:  # raised again below, after the others know
                     failure = error
             if self.world_size == 1:
                 if failure is not None:
@@ -736,15 +735,11 @@ class Trainer:
     ) -> Evaluation:
         module = self.lightning_module
         assert module is not None
-        kind, name, phase = {
-            TrainerFn.VALIDATING: ("val", "validation", VALIDATE),
-            TrainerFn.TESTING: ("test", "test", TEST),
-            TrainerFn.PREDICTING: ("predict", "predict", PREDICT),
-        }[fn]
+        kind, name, phase = _EVALUATIONS[fn]
         if self.train_state.seed is None:
             self.train_state.seed = self._shared_seed()
         self.parallel.wrap(module, training=False)
-        if not model_given and ckpt_path is None and getattr(self.checkpoint_callback, "best_model_path", ""):
+        if not model_given and ckpt_path is None and getattr(self.checkpoint_callback, "best_model_path", None):
             ckpt_path = "best"
         found = self._find_checkpoint(ckpt_path, weights_only, fitting=False)
         if found is not None:
@@ -909,14 +904,16 @@ class Trainer:
         began = time.monotonic()
         if self._page is not None:
             self._page.phase(SAVE)
+        if self._fit is not None:
+            self.train_state.elapsed = time.monotonic() - self._fit.last_validation
         state, rank_state = capture(self, weights_only=bool(weights_only))
         path = str(filepath)
         resume.write(path, state, rank_state, self.world, step=self.train_state.global_step)
         if not weights_only:
             self._last_saved_batches = self.train_state.batches
             if self.run_dir is not None and self.is_global_zero:
-                entry = resume.Entry(os.path.abspath(path) if "://" not in path else path, self.train_state.batches,
-                                     self.train_state.finished)  # fmt: skip
+                whole = path if "://" in path else str(Path(path).resolve())
+                entry = resume.Entry(whole, self.train_state.batches, self.train_state.finished)
                 resume.SavedList(self.run_dir).add(entry)
         if self._page is not None:
             self._page.saved(self.train_state.global_step, time.monotonic() - began)
@@ -927,8 +924,9 @@ class Trainer:
         """A checkpoint of our own making, for going on; those before it that we made are removed."""
         if not self.config.enable_checkpointing or self.config.fast_dev_run or self._fit is None:
             return None
-        folder = os.path.join(self.run_dir or self.default_root_dir, "checkpoints")
-        path = os.path.join(folder, f"resume-step={self.global_step}-{why}.ckpt")
+        # A string: the root may be a URL.
+        root = (self.run_dir or self.default_root_dir).rstrip("/")
+        path = f"{root}/checkpoints/resume-step={self.global_step}-{why}.ckpt"
         self.save_checkpoint(path)
         if self.is_global_zero:
             for older in self._own_checkpoints[:-1]:
@@ -999,10 +997,10 @@ class Trainer:
             if not path:
                 raise CheckpointError("ckpt_path='best': no checkpoint has been written by ModelCheckpoint yet.")
             return str(path)
-        path = self.world.broadcast(resume.newest_of(self.checkpoint_callbacks) if self.is_global_zero else None)
-        if not path:
+        last = self.world.broadcast(resume.newest_of(self.checkpoint_callbacks) if self.is_global_zero else None)
+        if last is None:
             rank_zero_warn("ckpt_path='last': there is no last checkpoint yet; starting from the beginning.")
-        return path
+        return None if last is None else str(last)
 
     # ------------------------------------------------------------------------------------ small services
 
@@ -1016,7 +1014,7 @@ class Trainer:
             loss = self.precision_object.scaler.scale(loss)
         self.parallel.prepare_backward(loss)
         if hooks.backward is None:
-            loss.backward(*args, **kwargs)
+            loss.backward(*args, **kwargs)  # type: ignore[no-untyped-call]
         else:
             hooks.backward(loss, *args, **kwargs)
         if hooks.on_after_backward is not None:
@@ -1027,11 +1025,10 @@ class Trainer:
         if self.world_size == 1:
             return data
         if sync_grads:
-            from torch.distributed.nn.functional import all_gather as gather
+            from torch.distributed.nn.functional import all_gather
 
-            return tree_map(
-                lambda v: torch.stack(gather(v, group)) if isinstance(v, torch.Tensor) else v, data
-            )  # fmt: skip
+            gather: Callable[..., Any] = all_gather
+            return tree_map(lambda v: torch.stack(gather(v, group)) if isinstance(v, torch.Tensor) else v, data)
 
         def gather_one(value: Any) -> Any:
             if not isinstance(value, torch.Tensor):
@@ -1050,7 +1047,7 @@ class Trainer:
             print(*args, **kwargs)  # noqa: T201
 
     def rng_state(self) -> Any:
-        """This rank's random state."""
+        """The random state of this rank."""
         return rng_state()
 
     @property
@@ -1075,7 +1072,7 @@ class Trainer:
 
     @property
     def device(self) -> torch.device:
-        """This rank's device; the CPU before a run."""
+        """The device of this rank; the CPU before a run."""
         return self._world.device if self._world is not None else torch.device("cpu")
 
     @property
@@ -1317,6 +1314,12 @@ class Trainer:
         return next((c for c in self.callbacks if isinstance(c, ProgressBar)), None)
 
 
+# The loaders' kind, the word in the hooks' names, and the phase on the progress page.
+_EVALUATIONS = {
+    TrainerFn.VALIDATING: ("val", "validation", VALIDATE),
+    TrainerFn.TESTING: ("test", "test", TEST),
+    TrainerFn.PREDICTING: ("predict", "predict", PREDICT),
+}
 _STAGES = {
     TrainerFn.FITTING: RunningStage.TRAINING,
     TrainerFn.VALIDATING: RunningStage.VALIDATING,
@@ -1412,8 +1415,10 @@ def _make_profiler(profiler: Any) -> Any:
     from trainer import profilers
 
     known = {
-        "simple": profilers.SimpleProfiler, "advanced": profilers.AdvancedProfiler, "pytorch": profilers.PyTorchProfiler,
-    }  # fmt: skip
+        "simple": profilers.SimpleProfiler,
+        "advanced": profilers.AdvancedProfiler,
+        "pytorch": profilers.PyTorchProfiler,
+    }
     if profiler.lower() not in known:
         raise ConfigError(f"profiler={profiler!r}. Allowed: {', '.join(known)}, or a Profiler object.")
     return known[profiler.lower()]()

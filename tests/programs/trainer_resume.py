@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import warnings
+from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -28,8 +29,8 @@ COUNTS = {"train": 0, "validation": 0, "save": 0}
 
 def place(where: str) -> None:
     COUNTS[where] += 1
-    hurt = HURT[ATTEMPT] if ATTEMPT < len(HURT) else None
-    if hurt is not None and hurt[2] == where and COUNTS[where] == hurt[3] and RANK == hurt[1]:
+    hurt = HURT[ATTEMPT] if len(HURT) > ATTEMPT else None
+    if hurt is not None and where == hurt[2] and (COUNTS[where], RANK) == (hurt[3], hurt[1]):
         os.kill(os.getpid(), getattr(signal, hurt[0]))
 
 
@@ -82,10 +83,10 @@ class Rows(T.loggers.Logger):
 
     name = "rows"
     version = 0
-    path = os.path.join(os.environ["LAUNCH_RUN_DIR"], "rows.json")
+    path = Path(os.environ["LAUNCH_RUN_DIR"]) / "rows.json"
 
     def __init__(self) -> None:
-        self.rows = json.load(open(self.path)) if ATTEMPT and os.path.exists(self.path) else []
+        self.rows = json.loads(self.path.read_text()) if ATTEMPT and self.path.exists() else []
 
     def resume(self, step: int) -> None:
         self.rows = [r for r in self.rows if r[0] < step]
@@ -93,9 +94,9 @@ class Rows(T.loggers.Logger):
     def log_metrics(self, metrics, step=None) -> None:
         if RANK == 0:
             self.rows.append([step, sorted(metrics.items())])
-            with open(self.path + ".tmp", "w") as file:
-                json.dump(self.rows, file)
-            os.replace(self.path + ".tmp", self.path)
+            temporary = self.path.with_suffix(".tmp")
+            temporary.write_text(json.dumps(self.rows))
+            temporary.replace(self.path)
 
     def log_hyperparams(self, params, *args, **kwargs) -> None:
         pass

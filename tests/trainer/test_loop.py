@@ -136,7 +136,7 @@ def test_a_loader_without_length(boring, quiet):
     # Five batches: two windows of two, and the last batch alone.
     assert ends == [3, 6]
     assert trainer.num_training_batches == math.inf
-    with pytest.raises(ConfigError, match="limit_train_batches=0.5"):
+    with pytest.raises(ConfigError, match=r"limit_train_batches=0\.5"):
         quiet(max_epochs=1, limit_train_batches=0.5).fit(boring(), DataLoader(Stream(), batch_size=2))
 
 
@@ -312,7 +312,7 @@ def test_errors_before_the_first_step(boring, data, quiet):
         quiet(max_epochs=1).fit(Dict(), data())
     with pytest.raises(DataError, match="train_dataloader"):
         quiet(max_epochs=1).fit(boring())
-    with pytest.raises(ModuleError, match="trainer.Module"):
+    with pytest.raises(ModuleError, match=r"trainer\.Module"):
         quiet().fit(torch.nn.Linear(1, 1), data())
     with pytest.raises(ConfigError, match="val_check_interval=99"):
         quiet(max_epochs=1, val_check_interval=99).fit(boring(), data(), data())

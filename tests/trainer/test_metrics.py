@@ -47,7 +47,16 @@ def test_defaults_by_hook_and_forked_names(boring, data, quiet):
     rows = Rows()
     trainer = quiet(max_epochs=2, logger=rows, log_every_n_steps=2)
     trainer.fit(Model(), data(), data(8))
-    assert rows.named("step_only") == [(1, 1.0), (3, 3.0), (5, 5.0), (7, 7.0), (9, 1.0), (11, 3.0), (13, 5.0), (15, 7.0)]
+    assert rows.named("step_only") == [
+        (1, 1.0),
+        (3, 3.0),
+        (5, 5.0),
+        (7, 7.0),
+        (9, 1.0),
+        (11, 3.0),
+        (13, 5.0),
+        (15, 7.0),
+    ]
     assert rows.named("both_step") == rows.named("step_only")
     assert rows.named("both_epoch") == rows.named("epoch_only") == [(7, 3.5), (15, 3.5)]
     assert rows.named("end") == [(7, 5.0), (15, 5.0)]
@@ -184,7 +193,7 @@ def test_where_nothing_can_be_logged(boring, data, quiet, hook):
         pass
 
     setattr(Model, hook, lambda self, *args, **kwargs: self.log("a", 1.0))
-    with pytest.raises(LoggingError, match="not possible|outside"):
+    with pytest.raises(LoggingError, match=r"not possible|outside"):
         quiet(max_epochs=1).fit(Model(), data())
 
 

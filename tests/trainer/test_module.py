@@ -93,13 +93,13 @@ def test_hyperparameters_in_every_form():
         _ = model.hparams.y
     with pytest.raises(ModuleError, match="cannot keep a int"):
         Whole(3)
-    with pytest.warns(UserWarning, match="ignore=\\['net'\\]"):
 
-        class Warned(T.Module):
-            def __init__(self, net):
-                super().__init__()
-                self.save_hyperparameters()
+    class Warned(T.Module):
+        def __init__(self, net):
+            super().__init__()
+            self.save_hyperparameters()
 
+    with pytest.warns(UserWarning, match=r"ignore=\['net'\]"):
         Warned(torch.nn.Linear(1, 1))
 
 
@@ -126,7 +126,7 @@ def test_checkpoint_file_round_trip(data, quiet, tmp_path):
     trainer.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
     with pytest.raises(CheckpointError, match="weights only"):
         quiet(max_epochs=2).fit(Sub(depth=1), data(), ckpt_path=tmp_path / "weights.ckpt")
-    with pytest.raises(CheckpointError, match="no checkpoint at|There is no"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint at|There is no"):
         quiet().fit(Sub(depth=1), data(), ckpt_path=tmp_path / "none.ckpt")
 
 

@@ -286,7 +286,12 @@ def test_precisions_train(boring, data, quiet, precision):
     model = Model(lr=0.05)
     trainer = quiet(max_epochs=4, precision=precision, gradient_clip_val=10.0)
     trainer.fit(model, data())
-    kinds = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16, "bf16-true": torch.bfloat16, "64-true": torch.float64}
+    kinds = {
+        "bf16-mixed": torch.bfloat16,
+        "16-mixed": torch.float16,
+        "bf16-true": torch.bfloat16,
+        "64-true": torch.float64,
+    }
     assert model.kind == kinds[precision]
     assert (model.layer.weight.float() - 1).abs().max() < 0.35
     assert (trainer.precision_object.scaler is not None) == (precision == "16-mixed")

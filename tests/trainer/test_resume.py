@@ -203,9 +203,9 @@ def test_a_finished_run_does_nothing_again(run_folder, tmp_path, monkeypatch):
     assert struct.unpack_from("<QQII", page) == (MAGIC, 15, DONE, 2)
     assert struct.unpack_from("<Q", page, 32) == (15,)
     model = Model()
+    trainer = T.Trainer(accelerator="cpu", max_epochs=3, logger=False, enable_progress_bar=False,
+                        enable_model_summary=False)  # fmt: skip
     with pytest.warns(UserWarning, match="callbacks that this Trainer does not have"):
-        trainer = T.Trainer(accelerator="cpu", max_epochs=3, logger=False, enable_progress_bar=False,
-                            enable_model_summary=False)  # fmt: skip
         trainer.fit(model, DataLoader(Noisy(38, 0.1), 4), DataLoader(Noisy(10, 0.0), 4))
     assert model.counts == {}
     assert (trainer.global_step, trainer.current_epoch) == (15, 3)
