@@ -289,7 +289,7 @@ class FSDP(Parallel):
     def _step_with_statistics(self, *args: Any, **kwargs: Any) -> Any:
         """Running statistics are replicated: those of rank 0 hold before each step, as with DDP."""
         group = dist.distributed_c10d._get_default_group()
-        for dtype in {b.dtype for b in self._statistics}:
+        for dtype in dict.fromkeys(b.dtype for b in self._statistics):  # in one order on all ranks, unlike a set
             same = [b for b in self._statistics if b.dtype == dtype]
             dist._broadcast_coalesced(group, same, 250 * 1024 * 1024, 0)  # type: ignore[attr-defined]
         return self.module.training_step(*args, **kwargs)  # type: ignore[operator]

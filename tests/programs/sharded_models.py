@@ -1,4 +1,4 @@
-"""What sharding must keep beside plain training: weights made on the meta device, mixed precision, offload, statistics."""
+"""What sharding must keep: weights made on the meta device, mixed precision, offload, running statistics."""
 
 import torch
 import torch.distributed as dist

@@ -1,4 +1,4 @@
-"""Sharding beside plain training: meta device, mixed precision, an overflow on one rank, offload, running statistics."""
+"""Sharding with the meta device, mixed precision, an overflow on one rank, offload, and running statistics."""
 
 
 def test_sharded_models_keep_what_whole_ones_have(gang):
