@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import resource
 import select
 import signal
 import time
@@ -48,6 +49,8 @@ def serve(channel: Channel) -> dict[str, Any]:
     become_subreaper()
     # The agent's death is seen as the end of the channel; a stopped zygote would not see it, hence the kernel's help
     # is not used here: ranks have it themselves (worker.py), and the agent reaps if the zygote dies.
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)  # the ranks keep theirs; we hold three descriptors for each
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limits[1], limits[1]))
     wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2):
         # Slurm signals every process of a step; the zygote leaves when its agent says so and not before.
@@ -107,6 +110,7 @@ def serve(channel: Channel) -> dict[str, Any]:
                     pid = os.fork()
                     if pid == 0:
                         # What must differ from the parent before anything else can happen.
+                        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
                         signal.set_wakeup_fd(-1)
                         os.close(wake_read)
                         os.close(wake_write)

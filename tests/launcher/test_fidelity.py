@@ -35,12 +35,11 @@ def _flat(value: Any, path: str = "") -> dict[str, Any]:
 
 KINDS = {
     "script": ["probe.py"],
-    "relative": ["../here/probe.py"],
-    "link": ["./link.py"],
+    "link": ["../here/./link.py"],
     "module": ["-m", "package.inner.probe"],
     "package": ["-m", "package"],
     "folder": ["app"],
-    "zip": ["app.zip"],
+    "zip": ["./app.zip"],
 }
 
 

@@ -58,7 +58,7 @@ def test_the_packages_do_not_know_each_other(package: str, other: str) -> None:
 def test_only_elastic_imports_torch() -> None:
     """The supervisor and the command line must start at once; torch is the agent's and the ranks'."""
     for path in _modules("launcher"):
-        heavy = {n for n in _imports(path, top_only=True) if n.split(".")[0] in ("torch", "numpy", "submitit", "rich")}
+        heavy = {n for n in _imports(path, top_only=True) if n.split(".")[0] in ("torch", "numpy", "rich")}
         assert not heavy or path.name == "elastic.py", f"{path.name} imports {heavy}"
 
 
