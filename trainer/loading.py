@@ -160,9 +160,9 @@ class _SampleFeed(_PlannedFeed):
 
     def __init__(self, loader: DataLoader[Any], *, drawn: _Drawn | None, shuffle: bool, **place: Any) -> None:
         super().__init__(loader, **place)
-        inner = loader.batch_sampler
-        self._batch_size = int(inner.batch_size) if isinstance(inner, BatchSampler) else 1
-        self._drop_last = bool(inner.drop_last) if isinstance(inner, BatchSampler) else False
+        inner: Any = loader.batch_sampler
+        self._batch_size = 1 if inner is None else int(inner.batch_size)
+        self._drop_last = inner is not None and bool(inner.drop_last)
         self._drawn, self._shuffle = drawn, shuffle
         self._size = len(loader.dataset) if drawn is None else drawn.length  # type: ignore[arg-type] # is map-style
         self.sized = self._size is not None
@@ -347,7 +347,7 @@ class _WorkerInit:
             if self._dataset is not None and info is not None:
                 # The user's function may set up the dataset of this worker: theirs, not the one around it.
                 around: Any = info.dataset
-                info.__dict__["dataset"] = around._dataset
+                object.__setattr__(info, "dataset", around._dataset)
             self._user(worker)
 
 
@@ -530,10 +530,10 @@ def make_feed(
     seed = seed or 0
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         return _StreamFeed(loader, seed=seed, rank=world.rank, train=train)
-    batch_sampler = loader.batch_sampler
-    custom_batches = batch_sampler is not None and type(batch_sampler) is not BatchSampler
+    batch_sampler: Any = loader.batch_sampler
+    custom_batches = batch_sampler is not None and not _is(batch_sampler, BatchSampler)
     # Of a BatchSampler that the user made, loader.sampler knows nothing.
-    sampler: Any = batch_sampler.sampler if type(batch_sampler) is BatchSampler else loader.sampler
+    sampler: Any = loader.sampler if batch_sampler is None or custom_batches else batch_sampler.sampler
     shuffle = _shuffles(sampler, distribute=distribute)
     if isinstance(sampler, DistributedSampler) and shuffle is None:
         distribute = False
@@ -548,13 +548,21 @@ def make_feed(
 
 def _shuffles(sampler: Any, *, distribute: bool) -> bool | None:
     """Whether torch's own sampler shuffles; None for one that has to be asked what it gives."""
-    if type(sampler) is SequentialSampler:
+    if _is(sampler, SequentialSampler):
         return False
-    if type(sampler) is DistributedSampler and distribute:
+    if _is(sampler, DistributedSampler) and distribute:
         return bool(sampler.shuffle)
-    if type(sampler) is RandomSampler and not sampler.replacement and sampler.num_samples == len(sampler.data_source):
+    if _is(sampler, RandomSampler) and not sampler.replacement and sampler.num_samples == len(sampler.data_source):
         return True
     return None
+
+
+def _is(sampler: Any, kind: type) -> bool:
+    """Whether it is this sampler of torch's itself, or torchdata's copy of it, and no subclass that does otherwise."""
+    found = type(sampler)
+    return found is kind or (
+        found.__module__ == "torchdata.stateful_dataloader.sampler" and found.__name__ == kind.__name__
+    )
 
 
 # ------------------------------------------------------------------------------------------------ on the device

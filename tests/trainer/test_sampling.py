@@ -31,28 +31,22 @@ def test_every_sample_is_seen_once_over_any_schedule_of_world_sizes(kind, size, 
     """(ranks, batch size, global batches until the stop), the last of which goes on to the end of the epoch."""
     seen, position = [], 0
     for number, (world_size, batch_size, batches) in enumerate(schedule):
-        last = number == len(schedule) - 1
         ranks = [
-            shares(make(kind, size, seed), batch_size=batch_size, rank=r, world_size=world_size, start=position)
+            list(shares(make(kind, size, seed), batch_size=batch_size, rank=r, world_size=world_size, start=position))
             for r in range(world_size)
         ]
         left = batch_count(size - position, batch_size=batch_size, world_size=world_size, drop_last=False)
-        done = 0
-        for group in zip(*ranks, strict=True):
-            if done == batches and not last:
-                break
-            done += 1
+        assert {len(r) for r in ranks} == {left}
+        for group in list(zip(*ranks, strict=True))[: None if number == len(schedule) - 1 else batches]:
             assert len({share.position for share in group}) == 1
             assert sum(share.seen for share in group) == group[0].total
+            assert all(len(share.ids) for share in group)
             # The mean of the ranks' weighted means is the mean over the samples.
             values = [float(np.mean(share.places)) * share.weight(world_size) for share in group]
             places = np.concatenate([share.places[: share.seen] for share in group])
             assert np.mean(values) == pytest.approx(np.mean(places))
-            assert all(len(share.ids) for share in group)
             position = group[0].position
             seen += [i for share in group for i in share.ids[: share.seen].tolist()]
-        else:
-            assert done == left
     ids = [f"sample {i}" for i in range(size)] if kind == "listed" else list(range(size))
     assert sorted(seen) == sorted(ids)
 
