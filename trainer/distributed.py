@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import sys
 from datetime import timedelta
@@ -43,7 +42,6 @@ class World:
         self.is_global_zero = ranks.rank == 0
         self.is_local_zero = ranks.local_rank == 0
         self._owns_group = owns_group
-        self._barriers = itertools.count()
 
     def barrier(self, what: str, timeout_s: float | None = None) -> None:
         """Wait until all ranks are here.
@@ -55,37 +53,50 @@ class World:
         """
         if self.size == 1:
             return
-        number = next(self._barriers)
-        if timeout_s is not None:
-            self._store_barrier(f"trainer/barrier/{number}", what, timeout_s)
-            return
-        try:
-            self.all_reduce(torch.zeros(1, device=self.device))
-        except RuntimeError as error:
-            raise DistributedError(f"rank {self.rank} waited for the others at {what!r}: {error}") from error
-
-    def _store_barrier(self, key: str, what: str, timeout_s: float) -> None:
         # A connection of its own: a wait on the shared one would lock the collectives of other threads out.
         store = dist.distributed_c10d._get_default_store().clone()
-        seconds = 365 * 86400.0 if math.isinf(timeout_s) else timeout_s
-        store.set(f"{key}/{self.rank}", "here")
+        # Counted in the store: every World on this group goes on where the one before it was.
+        number = store.add(f"trainer/barrier/of {self.rank}", 1)
+        store.set(f"trainer/barrier/{self.rank}", f"{number} {what}")
+        try:
+            if timeout_s is None:
+                self.all_reduce(torch.zeros(1, device=self.device)).item()
+            else:
+                self._wait_at_store(store, f"trainer/barrier/{number}", timeout_s)
+        except RuntimeError as error:
+            waited = "" if timeout_s is None else f" {timeout_s:g} s"
+            raise DistributedError(
+                f"rank {self.rank} waited{waited} for the others at {what!r} in vain; {self._elsewhere(store, number)} "
+                "Look at their logs."
+            ) from error
+
+    def _wait_at_store(self, store: Any, key: str, timeout_s: float) -> None:
         if store.add(f"{key}/count", 1) == self.size:
             store.set(f"{key}/open", "1")
+        store.wait([f"{key}/open"], timedelta(seconds=365 * 86400.0 if math.isinf(timeout_s) else timeout_s))
+
+    def _elsewhere(self, store: Any, number: int) -> str:
+        """Who has not come to this barrier, and where each was seen last."""
+        late = []
         try:
-            store.wait([f"{key}/open"], timedelta(seconds=seconds))
-        except RuntimeError as error:
-            missing = [r for r in range(self.size) if not store.check([f"{key}/{r}"])]
-            raise DistributedError(
-                f"rank {self.rank} waited {timeout_s:g} s at {what!r}; not there: ranks {_some(missing)} of "
-                f"{self.size}."
-            ) from error
+            for rank in range(self.size):
+                key = f"trainer/barrier/{rank}"
+                seen = store.get(key).decode() if store.check([key]) else "0 nowhere yet"
+                count, _, place = seen.partition(" ")
+                if int(count) < number:
+                    late.append(f"rank {rank} (last seen at {place!r})")
+        except RuntimeError:
+            return "the store is gone, and with it the rank or launcher that held it."
+        if not late:
+            return "all came, but one was lost in the exchange."
+        return "not there: " + ", ".join(late[:8]) + (f" and {len(late) - 8} more." if len(late) > 8 else ".")
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
         """`obj` of rank `src`, on every rank. It is pickled: for small things between the ranks of one job."""
         if self.size == 1:
             return obj
         box = [obj]
-        dist.broadcast_object_list(box, src=src, device=self.device if self.device.type == "cuda" else None)
+        dist.broadcast_object_list(box, src=src)
         return box[0]
 
     def gather(self, obj: Any) -> list[Any]:
@@ -151,14 +162,16 @@ def connect(
     device = choose_device(accelerator, devices, ranks)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if ranks.world_size == 1:
-        return World(ranks, device, owns_group=False)
     if dist.is_initialized():
-        if dist.get_world_size() != ranks.world_size:
+        if (dist.get_rank(), dist.get_world_size()) != (ranks.rank, ranks.world_size):
             raise DistributedError(
-                f"A process group of {dist.get_world_size()} ranks exists, but the environment tells of "
-                f"{ranks.world_size}."
+                f"This process is rank {dist.get_rank()} of {dist.get_world_size()} in the process group that the "
+                f"script made, but rank {ranks.rank} of {ranks.world_size} by its environment. Set RANK and WORLD_SIZE "
+                "before the Trainer is made, or start the script with launch, torchrun or srun and leave the group "
+                "to the Trainer."
             )
+        return World(ranks, device, owns_group=False)
+    if ranks.world_size == 1:
         return World(ranks, device, owns_group=False)
     if ranks.master_addr is None or ranks.master_port is None:
         raise DistributedError(
@@ -248,7 +261,3 @@ def choose_device(accelerator: str, devices: int | str | list[int], ranks: Ranks
 
 def _mps_alone(ranks: Ranks) -> bool:
     return ranks.world_size == 1 and torch.backends.mps.is_available()
-
-
-def _some(numbers: list[int], most: int = 16) -> str:
-    return ", ".join(map(str, numbers[:most])) + (", ..." if len(numbers) > most else "")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from trainer.errors import ConfigError
+from trainer.loading import map_tensors
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 __all__ = ["Precision", "make_precision"]
 
@@ -32,18 +35,20 @@ class Precision:
         self.name = name
         self.device = device
         self.dtype = _TRUE.get(name)
-        self.plain = not name.endswith("-mixed")
+        self.plain = name == "32-true"
         self.keeps_batches = self.dtype is None
         self.autocast_dtype = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}.get(name)
+        # One object for all steps: making it costs as much as entering it.
+        self._autocast = None if self.autocast_dtype is None else torch.autocast(device.type, self.autocast_dtype)
         self.scaler: torch.amp.GradScaler | None = None
         if name == "16-mixed":
             self.scaler = torch.amp.GradScaler(device.type)
 
     def context(self) -> AbstractContextManager[Any]:
         """What the forward pass runs in."""
-        if self.autocast_dtype is None:
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=self.autocast_dtype)
+        if self._autocast is not None:
+            return self._autocast
+        return nullcontext() if self.dtype is None else _default_dtype(self.dtype)
 
     def convert_module(self, module: nn.Module) -> nn.Module:
         """The module in this precision, in place."""
@@ -53,10 +58,10 @@ class Precision:
         """The batch with its floating-point tensors in this precision."""
         if self.dtype is None:
             return batch
-        return tree_map(self._convert, batch)
+        return map_tensors(batch, self._convert)
 
-    def _convert(self, value: Any) -> Any:
-        return value.to(self.dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+    def _convert(self, value: Tensor) -> Tensor:
+        return value.to(self.dtype) if value.is_floating_point() else value
 
     def state_dict(self) -> dict[str, Any]:
         """The scaler's state; empty without one."""
@@ -66,6 +71,17 @@ class Precision:
         """Put the scaler's state back."""
         if self.scaler is not None and state:
             self.scaler.load_state_dict(state)
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Tensors that a step makes without a dtype fit the weights."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def make_precision(name: str | int, device: torch.device) -> Precision:

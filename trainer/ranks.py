@@ -52,7 +52,11 @@ class Ranks:
             ("GROUP_RANK", self.node_rank, "number of nodes", self.num_nodes),
         ):
             if not 0 <= value < size:
-                raise RanksError(f"{name}={value} is outside 0 to {size - 1} ({size_name}={size}).")
+                raise RanksError(
+                    f"{name}={value} is outside 0 to {size - 1} ({size_name}={size}). Start the job with launch, "
+                    "torchrun or srun, or set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and "
+                    "MASTER_PORT to fit each other."
+                )
         if self.local_world_size > self.world_size:
             raise RanksError(f"LOCAL_WORLD_SIZE={self.local_world_size} is more than WORLD_SIZE={self.world_size}.")
 
@@ -69,12 +73,12 @@ def read_ranks(environ: Mapping[str, str] | None = None) -> Ranks:
         "run_dir": env.get("LAUNCH_RUN_DIR"),
         "attempt": _number(env, "LAUNCH_ATTEMPT", 0),
         "restart_count": _number(env, "TORCHELASTIC_RESTART_COUNT", 0),
-        "grace_s": float(env["LAUNCH_GRACE_S"]) if env.get("LAUNCH_GRACE_S") else None,
+        "grace_s": _seconds(env, "LAUNCH_GRACE_S"),
         "progress_page": env.get("LAUNCH_PROGRESS"),
     }
     if "RANK" in env or "WORLD_SIZE" in env:
         return _from_torch(env, common)
-    if "SLURM_PROCID" in env and _number(env, "SLURM_NTASKS", 1) > 1 and _in_step(env):
+    if "SLURM_PROCID" in env and _in_step(env) and _slurm_tasks(env) > 1:
         return _from_slurm(env, common)
     return Ranks(**common)  # type: ignore[arg-type]
 
@@ -104,14 +108,24 @@ def _from_torch(env: Mapping[str, str], common: dict[str, Any]) -> Ranks:
     )
 
 
+# Slurm's own steps (batch script, interactive shell, external) have the highest ids: slurm.h, SLURM_MAX_NORMAL_STEP_ID.
+_LAST_STEP = 0xFFFFFFF0
+
+
 def _in_step(env: Mapping[str, str]) -> bool:
-    """Whether srun started this process as one of its tasks: an interactive shell or a batch script is not one."""
-    return env.get("SLURM_JOB_NAME") not in ("bash", "interactive") and env.get("SLURM_STEP_ID", "0").isdigit()
+    """Whether srun started this process as one of its tasks: a batch script or an interactive shell is not one."""
+    step = env.get("SLURM_STEP_ID", env.get("SLURM_STEPID", ""))
+    return step.isdigit() and int(step) < _LAST_STEP
+
+
+def _slurm_tasks(env: Mapping[str, str]) -> int:
+    """Tasks of the step; SLURM_NTASKS may be what the job asked for."""
+    return _number(env, "SLURM_STEP_NUM_TASKS", _number(env, "SLURM_NTASKS", 1))
 
 
 def _from_slurm(env: Mapping[str, str], common: dict[str, Any]) -> Ranks:
-    size = _number(env, "SLURM_NTASKS", 1)
-    nodes = _number(env, "SLURM_NNODES", _number(env, "SLURM_JOB_NUM_NODES", 1))
+    size = _slurm_tasks(env)
+    nodes = _number(env, "SLURM_STEP_NUM_NODES", _number(env, "SLURM_NNODES", 1))
     node = _number(env, "SLURM_NODEID", 0)
     per_node = _tasks_per_node(env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE", str(size)))
     hosts = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "127.0.0.1")
@@ -125,9 +139,10 @@ def _from_slurm(env: Mapping[str, str], common: dict[str, Any]) -> Ranks:
         num_nodes=nodes,
         started_by="slurm",
         master_addr=env.get("MASTER_ADDR") or first_host(hosts),
-        # The same on every task, and another for another job or step on the same nodes.
+        # The same on every task, another for another job or step on the same nodes, and below the ports that Linux
+        # gives to whoever connects (from 32768 on).
         master_port=_number(env, "MASTER_PORT", 0)
-        or 20000 + (int(job) * 31 + _number(env, "SLURM_STEP_ID", 0)) % 40000,
+        or 12000 + (int(job) * 31 + _number(env, "SLURM_STEP_ID", 0)) % 20000,
         **common,
     )
 
@@ -158,6 +173,16 @@ def first_host(nodelist: str) -> str:
     if not first:
         raise RanksError(f"The node list {nodelist!r} names no host.")
     return first
+
+
+def _seconds(env: Mapping[str, str], name: str) -> float | None:
+    text = env.get(name, "")
+    if text == "":
+        return None
+    try:
+        return float(text)
+    except ValueError as error:
+        raise RanksError(f"{name}={text!r} is not a number of seconds.") from error
 
 
 def _number(env: Mapping[str, str], name: str, default: int) -> int:

@@ -38,8 +38,8 @@ class StopSignals:
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
             for number in self._signals:
-                # A handler that the user's script installed is theirs; only what nobody handles is taken.
-                if number == signal.SIGTERM or signal.getsignal(number) in (signal.SIG_DFL, signal.SIG_IGN):
+                # What the script handles or ignores stays so; but SIGTERM is the request to save and leave.
+                if number == signal.SIGTERM or signal.getsignal(number) == signal.SIG_DFL:
                     self._old[number] = signal.signal(number, self._note)
         return self
 
