@@ -1,29 +1,35 @@
-"""Saves and loads on real ranks: `checkpoint_ranks.py save|load URL`. The state is a function of its keys alone."""
+"""Saves and loads on real ranks: `checkpoint_ranks.py save|load|fail URL`."""
 
 from __future__ import annotations
 
+import errno
+import signal
 import sys
+import warnings
+from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-import torch.distributed as dist
 from trainer.checkpoint import Store
-from trainer.distributed import connect
-from trainer.errors import CheckpointError
+from trainer.checkpoint.catalog import open_checkpoint
+from trainer.checkpoint.folder import Folder
+from trainer.distributed import World, connect
+from trainer.errors import CheckpointError, CheckpointWriteError
 
 SHAPES = {"big": (301, 257), "odd": (7, 3), "long": (40000,), "scalar": (), "empty": (0, 4), "row": (1, 70000)}
 
 
 def expected(name: str) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(sum(name.encode()))
-    return torch.randn(SHAPES[name], generator=generator)
+    """The tensor is a function of its name alone."""
+    return torch.randn(SHAPES[name], generator=torch.Generator().manual_seed(sum(name.encode())))
 
 
-def build(fill: bool) -> nn.Module:
-    torch.manual_seed(3 if fill else 4)
+def build(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(30, 17), nn.Linear(17, 3), nn.Linear(3, 1, bias=False))
     for layer in model:
         fully_shard(layer)
@@ -39,59 +45,120 @@ def count_collectives() -> list[str]:
     return calls
 
 
+def refuses(kind: type[Exception], words: list[str], act: object) -> None:
+    try:
+        act()
+    except kind as error:
+        missing = [w for w in words if w not in str(error)]
+        if missing:
+            raise SystemExit(f"not in the error: {missing}: {error}") from error
+    else:
+        raise SystemExit(f"no {kind.__name__}: {words}")
+
+
+def save(world: World, store: Store, model: nn.Module) -> None:
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.ones(2, 30)).sum().backward()
+    optimizer.step()
+    calls = count_collectives()
+    state = {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "plain": {name: expected(name) for name in SHAPES},
+        "step": 12,
+    }
+    own = {"rank": world.rank, "own": torch.full((5,), world.rank)}
+    assert store.save(state, step=12, rank_state=own).step == 12
+    many = len(calls)
+    calls.clear()
+    store.save({"one": torch.zeros(3)}, step=1)
+    assert many == len(calls) == 3, (many, calls)
+    different = {"t": torch.zeros(2 + world.rank)}
+    refuses(CheckpointError, ["do not hold the same tensors"], lambda: store.save(different, step=20))
+    unknown = {"t": object() if world.rank == 1 else 1}
+    refuses(CheckpointError, ["Rank 1", "at t a builtins.object"], lambda: store.save(unknown, step=20))
+
+
+def load(world: World, store: Store, model: nn.Module) -> None:
+    manifest = store.newest()
+    assert manifest is not None
+    assert manifest.step == 12
+    loaded = store.load(manifest, {"model": model.state_dict()})
+    for name in SHAPES:
+        assert torch.equal(loaded.state["plain"][name], expected(name)), name
+    for key, tensor in loaded.state["model"].items():
+        assert isinstance(tensor, DTensor), key
+    model.load_state_dict(loaded.state["model"])
+    if world.rank < manifest.world_size:
+        assert loaded.rank_state["rank"] == world.rank
+        assert loaded.rank_state["own"].tolist() == [world.rank] * 5
+    else:
+        assert loaded.rank_state == {}
+    whole = store.load(manifest)
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(tensor.full_tensor(), whole.state["model"][key]), key
+    moments = [s["exp_avg"] for s in whole.state["optimizer"]["state"].values()]
+    print("MOMENTS", sum(float(m.double().abs().sum()) for m in moments))
+    print("WEIGHTS", sum(float(t.double().abs().sum()) for t in whole.state["model"].values()))
+
+
+def fail(world: World, store: Store) -> None:
+    """What goes wrong on one rank is learnt, and answered alike, by all."""
+    state = {str(i): torch.full((90_000,), float(i)) for i in range(4)}
+    for step in (1, 2, 3):  # in the background, one after the other
+        store.save(state | {"step": step}, step=step, wait=False)
+        state["0"].fill_(-step)
+    store.wait()
+    assert [m.step for m in store.list()] == [3, 2, 1]
+
+    def full(self: Folder, name: str, blocks: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    original = Folder.write_blocks
+    if world.rank == 1:
+        Folder.write_blocks = full
+    refuses(CheckpointWriteError, ["rank 1", "No space left"], lambda: store.save(state, step=4))
+    Folder.write_blocks = original
+
+    # The writer of one rank is killed: that rank hears of it at its next step, all of them at the next save.
+    store.save(state, step=5, wait=False)
+    store.wait()
+    if world.rank == 1:
+        store._writer._process.send_signal(signal.SIGSTOP)
+    store.save(state, step=6, wait=False)
+    if world.rank == 1:
+        assert store.poll() is None
+        store._writer._process.kill()
+        store._writer._process.wait()
+        refuses(CheckpointWriteError, ["signal SIGKILL"], store.poll)
+    refuses(CheckpointWriteError, ["rank 1", "signal SIGKILL"], store.wait)
+    store.save(state, step=7, wait=False)
+    store.wait()
+
+    # Damage in what one rank wrote: all go back to the same older checkpoint.
+    world.barrier("before the damage")
+    if world.rank == 0:
+        shard = Path(open_checkpoint(str(store.folder)).folder.path) / "rank-00001.safetensors"
+        content = bytearray(shard.read_bytes())
+        content[-3] ^= 16
+        shard.write_bytes(content)
+    world.barrier("after the damage")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loaded = store.load_newest()
+    assert loaded is not None
+    assert loaded.path.endswith(f"step-{5:012d}"), loaded.path
+
+
 def main(action: str, url: str) -> None:
-    with connect() as world:
-        store = Store(url, world)
-        model = build(fill=action == "save")
-        optimizer = torch.optim.Adam(model.parameters())
+    with connect() as world, Store(url, world) as store:
+        if action == "fail":
+            fail(world, store)
+            return
+        model = build(seed=3 if action == "save" else 4)
         if action == "save":
-            model(torch.ones(2, 30)).sum().backward()
-            optimizer.step()
-            calls = count_collectives()
-            state = {
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "plain": {name: expected(name) for name in SHAPES},
-                "step": 12,
-            }
-            saved = store.save(state, step=12, rank_state={"rank": world.rank, "own": torch.full((5,), world.rank)})
-            many = len(calls)
-            calls.clear()
-            store.save({"one": torch.zeros(3)}, step=1)
-            assert many == len(calls), (many, calls)
-            assert saved.step == 12
-            try:
-                store.save({"t": torch.zeros(2 + world.rank)}, step=20)
-            except CheckpointError as error:
-                assert "do not hold the same tensors" in str(error), error
-            else:
-                raise SystemExit("ranks with different states were saved")
-            try:
-                store.save({"t": object() if world.rank == 1 else 1}, step=20)
-            except CheckpointError as error:
-                assert "Rank 1" in str(error) and "at t a builtins.object" in str(error), error
-            else:
-                raise SystemExit("an object was saved")
-        manifest = store.newest()
-        assert manifest is not None
-        assert manifest.step == 12
-        loaded = store.load(manifest, {"model": model.state_dict()})
-        for name in SHAPES:
-            assert torch.equal(loaded.state["plain"][name], expected(name)), name
-        for key, tensor in loaded.state["model"].items():
-            assert isinstance(tensor, DTensor), key
-        model.load_state_dict(loaded.state["model"])
-        if world.rank < manifest.world_size:
-            assert loaded.rank_state["rank"] == world.rank
-            assert loaded.rank_state["own"].tolist() == [world.rank] * 5
-        else:
-            assert loaded.rank_state == {}
-        whole = store.load(manifest)
-        for key, tensor in model.state_dict().items():
-            assert torch.equal(tensor.full_tensor(), whole.state["model"][key]), key
-        moments = [s["exp_avg"] for s in whole.state["optimizer"]["state"].values()]
-        print("MOMENTS", sum(float(m.double().abs().sum()) for m in moments))
-        print("WEIGHTS", sum(float(t.double().abs().sum()) for t in whole.state["model"].values()))
+            save(world, store, model)
+        load(world, store, model)
 
 
 if __name__ == "__main__":

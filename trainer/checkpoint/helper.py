@@ -56,7 +56,7 @@ def _work(jobs: queue.SimpleQueue[tuple[Job, int]], connection: Connection) -> N
         try:
             with mmap.mmap(descriptor, max(size, 1), prot=mmap.PROT_READ) as content:
                 for outcome in job.run(task, blocks_of(memoryview(content)[:size])):
-                    connection.send(outcome)
+                    connection.send((task.folder.name, outcome))
         finally:
             os.close(descriptor)
 
