@@ -11,14 +11,15 @@ The idea is EasyScale's (Li et al., SC 2023); the tree lets a rank send sums of 
 from __future__ import annotations
 
 import random
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from trainer.errors import ConfigError, ModuleError
+from trainer.errors import ConfigError, DataError, ModuleError
+from trainer.loading import Feed, _key, _KeyedDataset, _SampleFeed, make_feed
 from trainer.sampling import Order, Share, shares
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
     from trainer.distributed import World
 
-__all__ = ["VirtualRanks", "own_range", "subtrees", "tree_sum", "virtual_shares"]
+__all__ = ["VirtualFeed", "VirtualRanks", "own_range", "subtrees", "tree_sum", "virtual_shares"]
 
 
 def own_range(count: int, rank: int, world_size: int) -> range:
@@ -86,6 +87,71 @@ def tree_sum(nodes: dict[tuple[int, int], Tensor], leaves: int) -> Tensor:
     return total
 
 
+class VirtualFeed:
+    """A training loader whose batches are virtual ranks' shares, step by step.
+
+    What the dataset draws at random is keyed by (seed, epoch, place), with and without workers. position: the gang's
+    place after the newest step, to be handed to `steps` again, on any number of ranks.
+
+    Raises:
+        DataError: the loader gives no samples that can be shared out: an iterable dataset, or whole batches.
+    """
+
+    def __init__(self, loader: Any, world: World, count: int, *, seed: int) -> None:
+        feed: Feed = make_feed(loader, world=_Place(count), seed=seed, train=True)  # type: ignore[arg-type]
+        if not isinstance(feed, _SampleFeed):
+            raise DataError(
+                f"virtual_ranks cannot share out the {type(loader).__name__}: it needs a DataLoader over a dataset "
+                "with a length, that makes its own batches."
+            )
+        self.count, self.position = count, 0
+        self._feed, self._own = feed, own_range(count, world.rank, world.size)
+        feed._shares = self._flat  # type: ignore[method-assign] # the copied loader draws what this rank runs
+        if not feed._keyed:
+            feed._keyed = True
+            feed._loader.__dict__["dataset"] = _KeyedDataset(loader.dataset, seed)
+
+    def __len__(self) -> int:
+        """Steps of an epoch."""
+        return len(self._feed)
+
+    def _plan(self, epoch: int, start: int) -> Iterator[list[tuple[int, Share]]]:
+        feed = self._feed
+        return virtual_shares(
+            feed._order(epoch), batch_size=feed._batch_size, count=self.count, own=self._own, start=start,
+            drop_last=feed._drop_last,
+        )  # fmt: skip
+
+    def _flat(self, epoch: int, consumed: int) -> Iterator[Share]:
+        return (share for step in self._plan(epoch, consumed) for _, share in step)
+
+    def steps(self, epoch: int, consumed: int | None) -> Iterator[list[tuple[int, Share, Any]]]:
+        """Per step this rank's (virtual rank, share, batch); an empty list where none of them has a sample left."""
+        start = self.position = consumed or 0
+        size = len(self._feed._order(epoch))
+        batches = self._feed.batches(epoch, start)
+        try:
+            for own in self._plan(epoch, start):
+                step = [(v, share, next(batches)) for v, share in own]
+                self.position = min(self.position + self.count * self._feed._batch_size, size)
+                yield step
+        finally:
+            batches.close()  # type: ignore[attr-defined] # a generator: its workers end with it
+
+    def close(self) -> None:
+        """End loader workers that persist."""
+        self._feed.close()
+
+
+class _Place:
+    """As much of a world as the first of `size` ranks shows to a loader."""
+
+    rank = 0
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+
 class VirtualRanks:
     """Runs a module's shares and sums their gradients; the same bits on any number of ranks.
 
@@ -124,7 +190,7 @@ class VirtualRanks:
 
     def enter(self, step: int, virtual_rank: int) -> None:
         """Set all random states to what they are for this share."""
-        key = int(np.random.SeedSequence([self.seed, step, virtual_rank]).generate_state(1, np.uint64)[0])
+        key = _key(self.seed, step, virtual_rank)
         random.seed(key)
         np.random.seed(key & 0xFFFFFFFF)
         torch.manual_seed(key >> 1)

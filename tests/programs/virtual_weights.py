@@ -1,6 +1,6 @@
 """Train for some steps on virtual ranks, from and to a state on disk; print what the weights hash to.
 
-argv: folder, name of the state to begin from ("-": a new one), steps to make, name to save under.
+argv: folder, name of the state to begin from ("-": a new one), steps to make, name to save under, loader workers.
 """
 
 import hashlib
@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, Dataset
 
 from trainer.distributed import connect
-from trainer.sampling import Permuted
-from trainer.virtual import VirtualRanks, virtual_shares
+from trainer.virtual import VirtualFeed, VirtualRanks
 
 SIZE, BATCH, VIRTUAL = 107, 3, 5  # 15 per step: the last step of an epoch has 2 samples for 5 virtual ranks
 
@@ -35,13 +35,14 @@ class Net(nn.Module):
         return found * self.seldom if x[0, 0] > 0.5 else found
 
 
-def samples(ids):
-    found = []
-    for i in ids:
-        x = torch.randn(6, generator=torch.Generator().manual_seed(int(i)))
+class Samples(Dataset):
+    def __len__(self):
+        return SIZE
+
+    def __getitem__(self, i):
+        x = torch.randn(6, generator=torch.Generator().manual_seed(i))
         # Augmentation, by all three generators.
-        found.append(x + 0.1 * torch.randn(6) + 0.1 * random.random() + 0.1 * np.random.rand())
-    return torch.stack(found).float()
+        return (x + 0.1 * torch.randn(6) + 0.1 * random.random() + 0.1 * np.random.rand()).float()
 
 
 def main():
@@ -58,14 +59,15 @@ def main():
         step, epoch, position = saved["place"]
     with connect(accelerator="cpu") as world:
         virtual = VirtualRanks(net, world, VIRTUAL, seed=4)
+        workers = int(sys.argv[5]) if len(sys.argv) > 5 else 0
+        loader = DataLoader(Samples(), BATCH, shuffle=True, num_workers=workers, persistent_workers=workers > 0)
+        feed = VirtualFeed(loader, world, VIRTUAL, seed=4)
         last = step + count
         while step < last:
-            order = Permuted(SIZE, seed=4, epoch=epoch)
-            for own in virtual_shares(order, batch_size=BATCH, count=VIRTUAL, own=virtual.own, start=position):
+            for own in feed.steps(epoch, position):
                 virtual.begin(min(BATCH * VIRTUAL, SIZE - position))
-                for rank, share in own:
+                for rank, share, x in own:
                     virtual.enter(step, rank)
-                    x = samples(share.ids)
                     loss = (net(x) - x.sum(1, keepdim=True)).pow(2).mean()
                     (loss * (share.seen / share.total)).backward()
                     virtual.add(rank, share)
@@ -74,11 +76,12 @@ def main():
                 torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
                 optimizer.step()
                 optimizer.zero_grad()
-                step, position = step + 1, min(position + BATCH * VIRTUAL, SIZE)
+                step, position = step + 1, feed.position
                 if step == last:
                     break
             if position == SIZE:
                 epoch, position = epoch + 1, 0
+        feed.close()
         digest = hashlib.sha256()
         for tensor in net.state_dict().values():
             digest.update(tensor.numpy().tobytes())

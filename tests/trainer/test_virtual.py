@@ -5,10 +5,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.data import DataLoader
 
-from trainer.errors import ConfigError
+from trainer.distributed import connect
+from trainer.errors import ConfigError, DataError
 from trainer.sampling import Permuted
-from trainer.virtual import own_range, subtrees, tree_sum, virtual_shares
+from trainer.virtual import VirtualFeed, own_range, subtrees, tree_sum, virtual_shares
 
 
 @given(count=st.integers(1, 70), data=st.data())
@@ -78,9 +80,15 @@ def test_weights_have_the_same_bits_on_any_number_of_ranks(gang, tmp_path):
     """Dropout, running statistics, augmentation, a last batch too small for all, and a change from 4 ranks to 3."""
     program = "virtual_weights.py"
     (alone,) = gang.ok(1, program, str(tmp_path), "-", "12", "alone")
-    gang.ok(4, program, str(tmp_path), "-", "5", "begun")
+    gang.ok(4, program, str(tmp_path), "-", "5", "begun", "1")
     for rank in gang.ok(3, program, str(tmp_path), "begun", "7", "ended"):
         assert rank.stdout == alone.stdout
+
+
+@pytest.mark.parametrize("loader", [DataLoader(range(8), batch_sampler=[[1, 2], [3]]), [1, 2, 3]])
+def test_loaders_without_samples_to_share_out_are_refused(loader):
+    with pytest.raises(DataError, match="virtual_ranks cannot share out"):
+        VirtualFeed(loader, connect(accelerator="cpu", environ={}), 4, seed=1)
 
 
 @pytest.mark.soak
