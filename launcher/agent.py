@@ -27,7 +27,7 @@ from launcher.channel import Channel, Message, keep_alive, pair
 from launcher.errors import LaunchError, MeetingError, UsageError
 from launcher.failure import RankExit, read_error_file, signal_name
 from launcher.logs import Console, RankLog, prefix_for
-from launcher.processes import become_subreaper, die_with_parent, end_descendants, threads_of
+from launcher.processes import become_subreaper, die_with_parent, end_descendants, outlive_parent, threads_of
 from launcher.spec import LaunchSpec, keeps_terminal
 from launcher.topology import Place, World, places, rank_environment
 from launcher.zygote import serve
@@ -42,7 +42,8 @@ def main(argv: list[str]) -> dict[str, Any] | None:
     """Run a node's agent. Returns only in a forked rank, with its order; the agent itself exits.
 
     argv: `fd N` (a socket inherited from the supervisor) or `tcp HOST PORT` (token in LAUNCH_TOKEN).
-    LAUNCH_STARTER_PID: the process that started a `tcp` agent and must not be outlived; an `fd` agent has its socket.
+    LAUNCH_STARTER_PID: the process that started it and must not be outlived. Once an `fd` agent listens to its socket,
+    that tells it of the end, and leaves it time to ask its ranks to leave.
     """
     if starter := os.environ.pop("LAUNCH_STARTER_PID", ""):
         die_with_parent(int(starter))
@@ -79,13 +80,15 @@ def main(argv: list[str]) -> dict[str, Any] | None:
             }
         )
         welcome, orders = _first_messages(link, join_timeout_s)
+        if "end" in welcome:  # stopped before it began
+            os._exit(int(welcome["end"]["code"]))
         if spec is None:
             spec = LaunchSpec.from_json(welcome["spec"])
         zygote, zygote_pid, order = _fork_zygote(spec, base, link)
         if order is not None:
             return order
         node = Node(spec, welcome["run_id"], Path(welcome["run_dir"]), base, link, zygote, zygote_pid, orders)
-        code = _run(node)
+        code = _run(node, listens_to_starter=argv[0] == "fd")
     except LaunchError as error:
         code = error.exit_code
         _tell_why(link, error)
@@ -212,10 +215,12 @@ def _fork_zygote(spec: LaunchSpec, base: dict[str, str], link: Channel) -> tuple
     return ours, pid, None
 
 
-def _run(node: Node) -> int:
+def _run(node: Node, *, listens_to_starter: bool) -> int:
     """The agent after the fork: torch elastic from here on."""
-    from launcher.elastic import run_agent
+    from launcher.elastic import run_agent  # a second or more of torch
 
+    if listens_to_starter:
+        outlive_parent()
     try:
         return run_agent(node)
     finally:

@@ -16,6 +16,7 @@ __all__ = [
     "die_with_parent",
     "end_descendants",
     "kill_tree",
+    "outlive_parent",
     "threads_of",
 ]
 
@@ -40,6 +41,11 @@ def die_with_parent(parent: int, number: int = signal.SIGKILL) -> None:
     _prctl(_PR_SET_PDEATHSIG, number)
     if os.getppid() != parent:
         os._exit(128 + number)
+
+
+def outlive_parent() -> None:
+    """Take `die_with_parent` back."""
+    _prctl(_PR_SET_PDEATHSIG, 0)
 
 
 def threads_of(pid: int | str = "self") -> list[str]:

@@ -70,7 +70,7 @@ def spawn_agent(environment: dict[str, str], *, cwd: str, own_session: bool) -> 
     process = subprocess.Popen(
         agent_command("fd", str(fd)),
         pass_fds=(fd,),
-        env=environment,
+        env=environment | {"LAUNCH_STARTER_PID": str(os.getpid())},
         cwd=cwd,
         start_new_session=own_session,
     )
@@ -124,7 +124,7 @@ class Supervisor:
         self._spawned: set[int] = set()  # nodes whose agents are ours to start again
         self._signals: list[int] = []
         self._meet_by = time.monotonic() + join_timeout_s
-        self._started = 0.0
+        self._ran = False  # some attempt has begun, so agents have consoles to write out
         self._child_environment = {k: v for k, v in os.environ.items() if not k.startswith("PET_")}
 
     # -------------------------------------------------------------------------------------------- the loop
@@ -147,7 +147,8 @@ class Supervisor:
                 self._spawn(node_rank)
             while self.gang.phase is not Phase.ENDED:
                 self._turn(wake_read)
-            self._await_agents()
+            if self._ran:
+                self._await_agents()
             assert self.gang.outcome is not None
             self._record_outcome(self.gang.outcome)
             return self.gang.outcome
@@ -316,7 +317,7 @@ class Supervisor:
             if action.kind == "send":
                 self._send(action.node, action.message)
             elif action.kind == "started":
-                self._started = time.time()
+                self._ran = True
                 self.run.set_state(attempt=self.gang.attempt)
                 self.run.event("attempt", attempt=self.gang.attempt, **action.message)
             elif action.kind == "restarting":
@@ -388,7 +389,7 @@ class Supervisor:
             self._drop(agent)  # an agent without its supervisor stops its ranks and leaves
             if agent.process is not None:
                 try:
-                    agent.process.wait(4)
+                    agent.process.wait(4 if self._ran else 0.1)
                 except subprocess.TimeoutExpired:
                     agent.process.kill()
                     agent.process.wait()

@@ -26,7 +26,7 @@ COMMAND = Path(sys.executable).with_name("launch")
 _MARK = "MUSTER_TEST_LAUNCH"  # every process of a launch inherits it, whatever it does to its parents
 
 
-def until(condition: Callable[[], Any], what: str, timeout: float = 30.0) -> Any:
+def until(condition: Callable[[], Any], what: str | Callable[[], str], timeout: float = 30.0) -> Any:
     """The first true value of `condition()`; the test fails, naming `what`, when the deadline passes."""
     deadline = time.monotonic() + timeout
     while not (value := condition()):
@@ -137,6 +137,9 @@ class Launched:
             return found if len(found) >= times else None
 
         return until(look, lambda: f"{pattern!r} {times} time(s)\n{self.output}", timeout)
+
+    def until(self, condition: Callable[[], Any], what: str, timeout: float = 30.0) -> Any:
+        return until(condition, lambda: f"{what}\n{self.output}", timeout)
 
     def signal(self, number: int, pid: int | None = None) -> None:
         os.kill(self.process.pid if pid is None else pid, number)

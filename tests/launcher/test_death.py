@@ -36,6 +36,25 @@ def test_nothing_is_left_when_ours_are_killed(launch, programs: Path, victims: s
     job.gone(3)
 
 
+def test_launch_is_killed_or_stopped_while_its_agent_starts(launch) -> None:
+    """The preloaded module waits: the agent hears nothing meanwhile, and goes all the same."""
+    launch.script("import time\nopen('importing', 'w').close()\ntime.sleep(600)\n", "slow.py")
+    script = launch.script("print('ran')")
+    job = launch.start("--procs", "2", "--preload", "slow", script)
+    job.until(lambda: (launch.cwd / "importing").exists(), "the import")
+    job.signal(signal.SIGKILL)
+    job.wait(5)
+    job.gone(3)
+    (launch.cwd / "importing").unlink()
+    job = launch.start("--procs", "2", "--preload", "slow", script)
+    job.until(lambda: (launch.cwd / "importing").exists(), "the import")
+    job.signal(signal.SIGTERM)
+    job.wait(5)
+    job.gone(3)
+    assert job.returncode == 75
+    assert "Traceback" not in job.stderr
+
+
 @pytest.mark.parametrize("victim", ["agent", "zygote"])
 def test_a_killed_agent_or_zygote_is_named(launch, programs: Path, victim: str) -> None:
     job = launch.start(*LIGHT, programs / "patient.py", "ignore", "--children", "1")
