@@ -93,7 +93,9 @@ def torchrun(ranks, *rest):
 
 def wall(command, folder, **environment):
     began = time.perf_counter()
-    done = subprocess.run(command, cwd=folder, env=os.environ | environment, capture_output=True, text=True, timeout=180)
+    done = subprocess.run(
+        command, cwd=folder, env=os.environ | environment, capture_output=True, text=True, timeout=180
+    )
     took = time.perf_counter() - began
     if done.returncode:
         sys.exit(f"{command} failed with {done.returncode}\n{done.stdout}\n{done.stderr}")

@@ -65,14 +65,12 @@ def _children() -> dict[int, str]:
 
 def _sockets() -> set[str]:
     found = set()
-    for fd in os.listdir("/proc/self/fd"):
+    for fd in Path("/proc/self/fd").iterdir():
         with contextlib.suppress(OSError):
-            target = os.readlink(f"/proc/self/fd/{fd}")
+            target = str(fd.readlink())
             if target.startswith("socket:"):
                 found.add(target)
     return found
-
-
 
 
 def _group_initialised() -> bool:
@@ -93,7 +91,12 @@ def leak_police(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
     # torch's compiler makes a folder in TMPDIR and names it in the environment as soon as parts of it are imported.
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path_factory.getbasetemp() / "inductor")
     environment = dict(os.environ)
-    children, threads, sockets, files = _children(), set(threading.enumerate()), _sockets(), set(os.listdir(private))
+    children, threads, sockets, files = (
+        _children(),
+        set(threading.enumerate()),
+        _sockets(),
+        {p.name for p in private.iterdir()},
+    )
     handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)}
     yield
     leaks: list[str] = []
@@ -117,7 +120,7 @@ def leak_police(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
         leaks.append("torch.distributed process group")
         sys.modules["torch.distributed"].destroy_process_group()
     leaks += [f"socket {s}" for s in settle(lambda: _sockets() - sockets)]  # type: ignore[attr-defined]
-    leaks += [f"temporary file {private / f}" for f in set(os.listdir(private)) - files]
+    leaks += [f"temporary file {private / f}" for f in {p.name for p in private.iterdir()} - files]
     now = dict(os.environ)
     for name in sorted(environment.keys() | now.keys()):
         if name != "PYTEST_CURRENT_TEST" and environment.get(name) != now.get(name):
@@ -136,7 +139,7 @@ def leak_police(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
 
 def _harmless(thread: threading.Thread) -> bool:
     # tqdm's monitor and torch's autograd pin thread are one per process, for the process's life.
-    return thread.name in {"tqdm_monitor"} or type(thread).__name__ in {"TMonitor"}
+    return thread.name == "tqdm_monitor" or type(thread).__name__ == "TMonitor"
 
 
 # ------------------------------------------------------------------------------------------------- gangs

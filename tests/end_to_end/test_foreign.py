@@ -46,7 +46,9 @@ def test_torchrun_script_gives_the_same_model_under_both(tmp_path):
 @pytest.mark.peer
 def test_lightning_script(tmp_path):
     need("lightning")
-    printed = run([str(BIN / "launch"), "--procs", "2", str(PROGRAMS / "foreign_lightning.py"), str(tmp_path)], tmp_path)
+    printed = run(
+        [str(BIN / "launch"), "--procs", "2", str(PROGRAMS / "foreign_lightning.py"), str(tmp_path)], tmp_path
+    )
     assert "steps 16 on 2 ranks" in printed
 
 

@@ -49,7 +49,7 @@ class Fault(T.Callback):
     def on_train_epoch_start(self, trainer: T.Trainer, pl_module: T.Module) -> None:
         self.epochs += 1
 
-    def on_train_batch_end(self, trainer: T.Trainer, pl_module: T.Module, outputs: object, batch: object, batch_idx: int) -> None:  # fmt: skip
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         if attempt < len(ways) and self.epochs == 2 and batch_idx == 3 and trainer.global_rank == victim:
             die(ways[attempt])
 
