@@ -224,6 +224,8 @@ class VirtualRanks:
             parts.append(change.reshape(-1).to(dtype))
         for parameter in parameters:
             parameter.grad = None
+        # Filled up to what every rank can have an equal slice of.
+        parts.append(torch.zeros(-sum(map(len, parts)) % self._world.size, dtype=dtype, device=device))
         return torch.cat(parts)
 
     def finish(self) -> None:
@@ -235,7 +237,7 @@ class VirtualRanks:
             used = total[sum(p.numel() for p in self._parameters) :]
             for number, parameter in enumerate(self._parameters):
                 if used[number]:
-                    parameter.grad = total[start : start + parameter.numel()].view_as(parameter).clone()
+                    parameter.grad = total[start : start + parameter.numel()].view_as(parameter)
                 start += parameter.numel()
             start += len(self._parameters)
             for buffer in self._floating:
@@ -257,23 +259,20 @@ class VirtualRanks:
             subtrees(r.start, min(r.stop, self._active))
             for r in (own_range(self.count, rank, size) for rank in range(size))
         ]
-        length = self._length()
-        chunk = -(-length // size)
         first = self._parameters[0]
-        mine = torch.zeros(len(self._nodes), size * chunk, dtype=first.dtype, device=first.device)
-        for row, place in zip(mine, owned[world.rank], strict=True):
-            row[:length] = self._nodes[place]
-        self._nodes = {}
-        sent = mine.view(len(mine), size, chunk).transpose(0, 1).contiguous()
-        received = sent.new_empty(sum(map(len, owned)) * chunk)
-        dist.all_to_all_single(
-            received, sent.view(-1), [len(places) * chunk for places in owned], [len(mine) * chunk] * size
+        chunk = -(-self._length() // size)
+        mine = [self._nodes.pop(place) for place in owned[world.rank]]
+        # For each rank its slice of every subtree of ours.
+        sent = torch.cat(
+            [node[r * chunk : (r + 1) * chunk] for r in range(size) for node in mine] or [first.new_empty(0)]
         )
+        received = sent.new_empty(sum(map(len, owned)) * chunk)
+        dist.all_to_all_single(received, sent, [len(places) * chunk for places in owned], [len(mine) * chunk] * size)
         order = [place for places in owned for place in places]
         own_slice = tree_sum(dict(zip(order, received.view(-1, chunk), strict=True)), self._active)
         total = own_slice.new_empty(size * chunk)
         dist.all_gather_into_tensor(total, own_slice)
-        return total[:length]
+        return total
 
     def _length(self) -> int:
         return sum(p.numel() for p in self._parameters) + len(self._parameters) + sum(b.numel() for b in self._floating)
