@@ -167,6 +167,7 @@ class Lab:
         (etc / "gres.conf").write_text(f"Name=gpu File={self.folder}/gpu[0-3]\n")
         (etc / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\nCgroupMountpoint=/sys/fs/cgroup\n")
         (etc / "slurm.conf").write_text(self._slurm_conf())
+        (etc / "first_job_id.conf").write_text("FirstJobId=1\n")
         if self.settings.accounting:
             text = f"""\
 AuthType=auth/munge
@@ -197,6 +198,7 @@ PidFile={self.folder}/slurmdbd.pid
         extra = "\n".join(s.extra)
         return f"""\
 ClusterName=lab
+Include {folder}/etc/first_job_id.conf
 SlurmctldHost={HEAD}
 SlurmUser=root
 SlurmdUser=root
@@ -288,6 +290,10 @@ PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=100 Preemp
 
     def kill_slurmctld(self) -> None:
         self._kill(HEAD, "slurmctld")
+        # It may have forgotten the last ids that it gave when it comes back, and a node that has seen a job end
+        # refuses another one of the same id: every life begins higher.
+        path = self.folder / "etc" / "first_job_id.conf"
+        path.write_text(f"FirstJobId={int(path.read_text().partition('=')[2]) + 100_000}\n")
 
     def restart_slurmctld(self) -> None:
         self.kill_slurmctld()
