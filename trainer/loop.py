@@ -146,7 +146,7 @@ def _done(run: Fit) -> bool:
     if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= state.epoch:
         rank_zero_info(f"fit ends: max_epochs={trainer.max_epochs} reached.")
         return True
-    return trainer.should_stop and may_stop(run)
+    return state.should_stop and may_stop(run)
 
 
 def may_stop(run: Fit) -> bool:
@@ -192,7 +192,7 @@ def train_epoch(run: Fit) -> None:
             page.pack_step(page.buffer, 8, state.global_step, TRAIN, state.epoch, time.monotonic_ns())
         # Almost every batch ends here: nothing is reported, validated or broken off after it.
         if state.batch < due and not (
-            trainer.should_stop or signals.requested or state.batches >= agreement.limit_batches
+            state.should_stop or signals.requested or state.batches >= agreement.limit_batches
         ):
             state.logger_step += stepped
             state.resume_at = ""
@@ -466,9 +466,9 @@ def after_batch(run: Fit, is_last: bool) -> bool:
     stepped = is_last or state.batch % state.accumulate == 0 or not run.module.automatic_optimization
     if state.resume_at in ("", "batch_end"):
         log_every = trainer.log_every_n_steps
-        if stepped and log_every and ((state.logger_step + 1) % log_every == 0 or trainer.should_stop):
+        if stepped and log_every and ((state.logger_step + 1) % log_every == 0 or state.should_stop):
             trainer.report_step()
-        stopping = trainer.should_stop and may_stop(run)
+        stopping = state.should_stop and may_stop(run)
         due = bool(run.validate_every) and (_validation_is_due(run, is_last) or stopping)
         if run.validate_seconds is not None:
             due = bool(run.validate_every) and (
@@ -500,7 +500,7 @@ def after_batch(run: Fit, is_last: bool) -> bool:
     state.resume_at = ""
     if 0 <= trainer.max_steps <= state.global_step:
         return True
-    return trainer.should_stop and may_stop(run)
+    return state.should_stop and may_stop(run)
 
 
 def end_epoch(run: Fit) -> None:

@@ -80,7 +80,7 @@ class TrainerState:
         return self.status in (TrainerStatus.FINISHED, TrainerStatus.INTERRUPTED)
 
 
-@dataclass
+@dataclass(slots=True)
 class TrainState:
     """Where training is. All counters are of things that are done.
 
@@ -89,7 +89,7 @@ class TrainState:
     loader(s) have given, in their own terms (None: nothing yet). resume_at: where in the tail of a batch or epoch the
     state was taken (see `trainer.loop`), empty between two batches. accumulate: micro-batches per step, which
     callbacks may change. elapsed: seconds since the last validation, for one by time. finished: fit is over. seed: of
-    the sample order.
+    the sample order. should_stop: a callback or the user asked to end.
     """
 
     epoch: int = 0
@@ -103,6 +103,7 @@ class TrainState:
     elapsed: float = 0.0
     finished: bool = False
     seed: int | None = None
+    should_stop: bool = False
 
 
 def capture(trainer: Trainer, *, weights_only: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -142,7 +142,6 @@ class Trainer:
         self.reload_dataloaders_every_n_epochs = config.reload_dataloaders_every_n_epochs
         self.fast_dev_run = config.fast_dev_run
         self.barebones = config.barebones
-        self.should_stop = False
         self.ckpt_path: str | None = None
 
         run_dir = None if config.fast_dev_run else self.ranks.run_dir
@@ -517,6 +516,9 @@ class Trainer:
             rank_zero_info(f"fit goes on from {found.name}: epoch {self.current_epoch}, step {self.global_step}.")
         self._fit = run = self._make_fit(module, hooks)
         self._load_train(run)
+        if found is not None and isinstance(self.train_state.position, int):
+            # Counted anew: another number of ranks takes another number of batches to the same place.
+            self.train_state.batch = run.feed.batches_done(self.train_state.position)
         self._load_validation(run)
         self._resumed_rank_state = None if found is None else found.rank_state
         self._stop_before_start()
@@ -1141,6 +1143,15 @@ class Trainer:
     def current_epoch(self) -> int:
         """Epochs that are over."""
         return self.train_state.epoch
+
+    @property
+    def should_stop(self) -> bool:
+        """Set it to end fit after this batch (once min_epochs and min_steps are met)."""
+        return self.train_state.should_stop
+
+    @should_stop.setter
+    def should_stop(self, value: bool) -> None:
+        self.train_state.should_stop = value
 
     @property
     def global_step(self) -> int:
