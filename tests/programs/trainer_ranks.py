@@ -1,7 +1,5 @@
 """Checks of fit, validate and predict that need several ranks; every rank asserts, all exit 0."""
 
-# ruff: noqa: PT017 - a program, not run by pytest
-
 from __future__ import annotations
 
 import sys
