@@ -3,7 +3,7 @@
 
 def test_every_strategy_trains_as_one_process(gang):
     """Accumulation, clipping, and a last batch in which one rank has more samples than the other."""
-    names = ["ddp", "unused", "static", "views", "fsdp", "layers", "sized"]
+    names = ["ddp", "static", "fsdp", "sized"]
     for rank in gang.ok(2, "parallel_equal.py", *names, timeout=100):
         assert rank.stdout.split("\n")[: len(names)] == [f"equal {name}" for name in names]
 
