@@ -172,7 +172,9 @@ def test_retention_keeps_what_it_was_asked_to(policy, kept, tmp_path):
     losses = [0.1, 0.9, 3.0, 0.2, 0.8, float("nan")]
     store = Store(str(tmp_path), retention=policy)
     for step, loss in enumerate(losses, 1):
-        store.save({}, step=step, extra={"loss": loss} if loss == loss else {})
+        store.save({}, step=step, extra={"loss": loss})
+    with pytest.raises(CheckpointError, match=r"extra=.*which is JSON"):
+        store.save({}, step=9, extra={"loss": torch.zeros(1)})
     assert [m.step for m in reversed(store.list())] == kept
 
 

@@ -200,7 +200,8 @@ def block_checksum(block: Any) -> str:
 
 
 def _canonical(value: Any) -> bytes:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+    # NaN is a loss that a user may well want to see in `extra`; Python reads its own spelling of it.
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
 
 
 def _table(pieces: tuple[Piece, ...]) -> list[list[Any]]:

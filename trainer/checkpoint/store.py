@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import time
@@ -174,7 +175,7 @@ class Store:
         self.wait()
         name = name if name is not None else f"step-{step:012d}"
         _check_name(name)
-        attempt, prepared = self._agree(lambda: _prepare(state, rank_state or {}, self.world))
+        attempt, prepared = self._agree(lambda: _prepare(state, rank_state or {}, extra or {}, self.world))
         task = self._job(prepared.record, Manifest(
             name, attempt, step, self.world.size, (), time.time(), dict(extra or {}),
             {"python": platform.python_version(), "torch": str(torch.__version__)},
@@ -288,13 +289,9 @@ class Store:
                 f"The checkpoint {path} was not committed: {committed.failure}", disk_full=committed.disk_full
             )
 
-    def _agree(self, prepare: Any) -> tuple[str, _Prepared]:
+    def _agree(self, prepare: Callable[[], _Prepared]) -> tuple[str, _Prepared]:
         """One exchange: rank 0's attempt name, whether all could prepare, and whether their states fit together."""
-        prepared, error = None, None
-        try:
-            prepared = prepare()
-        except CheckpointError as failed:
-            error = failed
+        prepared, error = _attempt(prepare, "The state could not be taken apart")
         answers = self.world.gather((new_attempt(), prepared and prepared.structure, error and str(error)))
         failures = [(rank, message) for rank, (_, _, message) in enumerate(answers) if message is not None]
         if failures:
@@ -326,7 +323,7 @@ class Store:
         """The committed checkpoints, newest first; the same on every rank."""
         answer = None
         if self.world.rank == 0:
-            answer = _attempt(lambda: [c.manifest for c in catalog.checkpoints_in(self.folder)], str(self.folder))
+            answer = _attempt(lambda: _manifests(self.folder), f"{self.folder} could not be read")
         manifests, error = self.world.broadcast(answer)
         if error is not None:
             raise error
@@ -342,11 +339,15 @@ class Store:
         Raises:
             CheckpointNotFoundError, CheckpointDamagedError, CheckpointError: on every rank.
         """
-        loaded, error = _attempt(lambda: _load(self._open(which), state_like, self.world.rank), _spelled(which))
+        loaded, error = _attempt(
+            lambda: _load(self._open(which), state_like, self.world.rank), f"{_spelled(which)} cannot be read"
+        )
         errors = [e for e in self.world.gather(error) if e is not None]
-        if error is not None or errors:
-            # A rank's own error has the cause attached. A damaged file is damaged for all, whoever noticed.
-            raise error or errors[0]
+        if errors:
+            # One error for all, as what is done about it must be one thing: a store that could not be asked says
+            # nothing about damage. The cause is known where it happened only.
+            shown = next((e for e in errors if not isinstance(e, CheckpointDamagedError)), errors[0])
+            raise shown from error
         assert loaded is not None
         return loaded
 
@@ -391,7 +392,7 @@ class Store:
         """One of the checkpoints that cannot be read any more, in words; the same on every rank."""
         answer = None
         if self.world.rank == 0:
-            answer = _attempt(lambda: catalog.damaged_in(self.folder), str(self.folder))
+            answer = _attempt(lambda: catalog.damaged_in(self.folder), f"{self.folder} could not be read")
         damaged, error = self.world.broadcast(answer)
         if error is not None:
             raise error
@@ -429,7 +430,13 @@ class _Prepared:
             yield memoryview(data.numpy())  # type: ignore[arg-type]
 
 
-def _prepare(state: Mapping[str, Any], rank_state: Mapping[str, Any], world: Ranks) -> _Prepared:
+def _prepare(
+    state: Mapping[str, Any], rank_state: Mapping[str, Any], extra: Mapping[str, Any], world: Ranks
+) -> _Prepared:
+    try:
+        json.dumps(extra)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"extra={extra!r} is for the manifest, which is JSON: {error}.") from error
     skeleton, tensors = encode(state)
     own_skeleton, own_tensors = encode(rank_state, f"rank-{world.rank:05d}.")
     sharded = next((key for key, tensor in own_tensors.items() if is_dtensor(tensor)), None)
@@ -509,9 +516,13 @@ def _attempt(act: Callable[[], _T], what: str) -> tuple[_T | None, CheckpointErr
     except CheckpointError as error:
         return None, error
     except Exception as cause:
-        failure = CheckpointError(f"{what} could not be read: {type(cause).__name__}: {cause}")
+        failure = CheckpointError(f"{what}: {type(cause).__name__}: {cause}")
         failure.__cause__ = cause
         return None, failure
+
+
+def _manifests(folder: Folder) -> list[Manifest]:
+    return [checkpoint.manifest for checkpoint in catalog.checkpoints_in(folder)]
 
 
 def _spelled(which: Manifest | str | os.PathLike[str]) -> str:

@@ -76,7 +76,7 @@ def commit(folder: Folder, manifest: Manifest, timeout_s: float) -> Manifest:
         files.append(file)
     whole = replace(manifest, files=tuple(files))
     folder.write_whole(MANIFEST, whole.dump())
-    if Manifest.parse(folder.read(MANIFEST), f"{folder}/{MANIFEST}") != whole:
+    if folder.read(MANIFEST) != whole.dump():
         raise CheckpointWriteError(f"The store changed {folder}/{MANIFEST} while it was written.")
     return whole
 
