@@ -310,6 +310,9 @@ class Trainer:
         finally:
             self.state.stage = None
             module.__dict__["_metrics"] = None
+            for kind in self._loaders.values():
+                for feed in kind.feeds:
+                    feed.close()  # loader workers that persist
             self._signals = self._hooks = self._fit = None
             if self._page is not None:
                 self._page.close()
@@ -516,9 +519,10 @@ class Trainer:
             rank_zero_info(f"fit goes on from {found.name}: epoch {self.current_epoch}, step {self.global_step}.")
         self._fit = run = self._make_fit(module, hooks)
         self._load_train(run)
-        if found is not None and isinstance(self.train_state.position, int):
+        position: Any = self.train_state.position
+        if found is not None and isinstance(position, int):
             # Counted anew: another number of ranks takes another number of batches to the same place.
-            self.train_state.batch = run.feed.batches_done(self.train_state.position)
+            self.train_state.batch = run.feed.batches_done(position)
         self._load_validation(run)
         self._resumed_rank_state = None if found is None else found.rank_state
         self._stop_before_start()

@@ -7,6 +7,7 @@ import hashlib
 import io
 import pickle
 import sys
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -114,7 +115,9 @@ def resumes_exactly(world):
                 torch.save((module.state_dict(), optimizer.state_dict()), buffer)
                 saved[index] = buffer.getvalue()
                 # static_graph knows no steps of several backwards
-                train(module, optimizer, parallel.step, [index], None if "static_graph" in options else parallel.no_sync)
+                train(
+                    module, optimizer, parallel.step, [index], None if "static_graph" in options else parallel.no_sync
+                )
             whole = digest(module)
             # (Running statistics are rank 0's at the start of a forward only, as in DDP.)
             assert norm or len(set(world.gather(whole))) == 1, options
@@ -124,7 +127,13 @@ def resumes_exactly(world):
                 state, optimizer_state = torch.load(io.BytesIO(saved[stop]))
                 parallel.load_module_state(state)
                 parallel.load_optimizer_state(optimizer, optimizer_state)
-                train(module, optimizer, parallel.step, range(stop, 5), None if "static_graph" in options else parallel.no_sync)
+                train(
+                    module,
+                    optimizer,
+                    parallel.step,
+                    range(stop, 5),
+                    None if "static_graph" in options else parallel.no_sync,
+                )
                 assert digest(module) == whole, (options, norm, stop)
 
 
@@ -151,8 +160,8 @@ def sends_what_ddp_sends(world):
         for index in range(2):
             train(plain, theirs, hand, [index])
             train(module, optimizer, parallel.step, [index])
-        expected, _ = collectives(lambda: train(plain, theirs, hand, [2]))
-        sent, marks = collectives(lambda: train(module, optimizer, parallel.step, [2]))
+        expected, _ = collectives(partial(train, plain, theirs, hand, [2]))
+        sent, marks = collectives(partial(train, module, optimizer, parallel.step, [2]))
         assert sent == expected, f"ours {sent}\nDDP's {expected}"
         reductions = [i for i, name in enumerate(marks) if name.startswith("c10d::all")]
         # The first bucket leaves while most layers are still to come, and so on to the last.
@@ -161,7 +170,8 @@ def sends_what_ddp_sends(world):
         assert "AddmmBackward0" in marks[reductions[0] : reductions[1]], marks
         assert "AddmmBackward0" in marks[reductions[1] : reductions[2]], marks
         with parallel.no_sync():
-            quiet, _ = collectives(lambda: parallel.step(batch(9), 0).backward())
+            loss = parallel.step(batch(9), 0)
+            quiet, _ = collectives(loss.backward)
         assert not [name for name, _ in quiet if name.startswith("c10d::all")], quiet
 
 

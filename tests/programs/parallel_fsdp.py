@@ -6,6 +6,7 @@ import copy
 import inspect
 import sys
 
+import pytest
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
@@ -118,17 +119,13 @@ def equals_one_process(world):
         for name, value in full(parallel.module_state()).items():
             torch.testing.assert_close(value, reference.state_dict()[name], rtol=1e-4, atol=1e-5, msg=name)
         with torch.no_grad():
-            torch.testing.assert_close(module.validation_step(batches(9, world)[0]),
-                                       reference.validation_step(batches(9, world)[0]), rtol=1e-4, atol=1e-5)  # fmt: skip
-    try:
-        FSDP(replicas=3 if world.size != 3 else 2).wrap  # noqa: B018
-        make = FSDP(replicas=3 if world.size != 3 else 2)
-        make.world = world
-        make.wrap(Net())
-    except ConfigError as error:
-        assert "does not divide" in str(error)
-    else:
-        raise AssertionError
+            found = module.validation_step(batches(9, world)[0])
+            expected = reference.validation_step(batches(9, world)[0])
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    uneven = FSDP(replicas=3 if world.size != 3 else 2)
+    uneven.world = world
+    with pytest.raises(ConfigError, match="does not divide"):
+        uneven.wrap(Net())
 
 
 def states_go_anywhere(world):
@@ -154,7 +151,7 @@ def states_go_anywhere(world):
             parallel.load_optimizer_state(optimizer, copy.deepcopy(moments))
             train(module, optimizer, parallel, world, range(2, 5))
             for name, value in full(parallel.module_state()).items():
-                torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5, msg=f"{strategy} {kind} {name}")
+                torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5, msg=f"{strategy} {name}")
     # What replicas number goes into shards, which have names.
     module, parallel, optimizer = fresh(DDP(), world)
     train(module, optimizer, parallel, world, range(2))

@@ -477,3 +477,26 @@ def test_to_device():
     assert batch["mapping"]["a"].device.type == "cpu"
     assert isinstance(to_device(packed, torch.device("cpu")), PackedSequence)
     assert map_tensors([one, Graph()], lambda t: t + 1)[0].tolist() == [2.0, 2.0]
+
+
+def test_a_run_goes_on_in_mid_epoch_on_another_number_of_ranks(gang, tmp_path):
+    """4 -> 2 -> 3: every sample of the epoch once, and the epoch ends with its validation."""
+
+    def ids_of(results):
+        return [
+            int(i)
+            for r in results
+            for line in r.stdout.splitlines()
+            if line.startswith("seen")
+            for i in line.split()[1:]
+        ]
+
+    first, second = str(tmp_path / "a.ckpt"), str(tmp_path / "b.ckpt")
+    seen = ids_of(gang.ok(4, "parallel_elastic.py", "stop", "2", first))
+    assert len(seen) == 16
+    seen += ids_of(gang.ok(2, "parallel_elastic.py", "stop", "5", second, first))
+    assert len(seen) == 28
+    results = gang.ok(3, "parallel_elastic.py", "end", second)
+    seen += ids_of(results)
+    assert sorted(seen) == list(range(53))
+    assert all("validated" in r.stdout for r in results)

@@ -1,0 +1,64 @@
+"""Stops in the middle of an epoch, or goes on from there on another number of ranks; prints the ids that it saw."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import nn
+
+from trainer import Module, Trainer
+from trainer.callbacks import Callback
+
+
+class Net(Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(1, 1)
+        self.seen = []
+
+    def training_step(self, batch, index):
+        if self.trainer.train_dataloader is not None and self.trainer._fit.feed.weight:
+            self.seen += batch.flatten().tolist()
+        return self.layer(batch).square().mean()
+
+    def on_validation_start(self):
+        print("validated", flush=True)
+
+    def validation_step(self, batch, index):
+        pass
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+    def train_dataloader(self):
+        return torch.utils.data.DataLoader(torch.arange(53.0).reshape(-1, 1), 2, shuffle=True)
+
+    def val_dataloader(self):
+        return torch.utils.data.DataLoader(torch.zeros(8, 1), 2)
+
+
+class Stop(Callback):
+    def on_train_batch_end(self, trainer, module, outputs, batch, index):
+        if trainer.global_step == int(sys.argv[2]):
+            trainer.save_checkpoint(sys.argv[3])
+            print("seen", *map(int, module.seen), flush=True)
+            sys.stdout.flush()
+            raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    torch.manual_seed(1)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "max_epochs": 1,
+             "enable_model_summary": False, "num_sanity_val_steps": 0, "accelerator": "cpu"}  # fmt: skip
+    module = Net()
+    if sys.argv[1] == "stop":
+        try:
+            Trainer(callbacks=[Stop()], **quiet).fit(module, ckpt_path=sys.argv[4] if len(sys.argv) > 4 else None)
+        except KeyboardInterrupt:
+            pass
+    else:
+        trainer = Trainer(**quiet)
+        trainer.fit(module, ckpt_path=sys.argv[2])
+        assert trainer.current_epoch == 1
+        print("seen", *map(int, module.seen), flush=True)
