@@ -357,7 +357,7 @@ class Trainer:
             atexit.register(self._world.close)
         self._set_backends()
         self.precision_object = make_precision(config.precision, self.device)
-        self.parallel = make_parallel(config.strategy, self.world)
+        self.parallel = make_parallel(config.strategy, self.world, self.precision_object)
         if self.profiler is not None:
             self.profiler.setup(stage=str(fn), local_rank=self.local_rank if self.world_size > 1 else None,
                                 log_dir=self.log_dir)  # fmt: skip
@@ -386,7 +386,7 @@ class Trainer:
             for name, child in list(module.named_children()):
                 converted = nn.SyncBatchNorm.convert_sync_batchnorm(child)  # type: ignore[no-untyped-call]
                 setattr(module, name, converted)
-        module.to(self.device)
+        self.parallel.place(module)
 
     def _set_backends(self) -> None:
         config = self.config
