@@ -18,6 +18,7 @@ import torch
 
 from trainer.checkpoint import Retention, Store, load_checkpoint, load_file, save_file, snapshot
 from trainer.checkpoint.catalog import open_checkpoint
+from trainer.checkpoint.manifest import new_attempt
 from trainer.checkpoint.reader import verify
 from trainer.errors import (
     CheckpointDamagedError,
@@ -214,9 +215,11 @@ def test_attempts_that_died_are_collected_after_the_next_save(url):
     dead.write_whole("rank-00000.jsonl", b"{}")
     assert [m.step for m in store.list()] == [1]
     store.save(state(2), step=2)
-    assert Path(dead.path).exists()  # it might be of a store that is open as long as this one
+    in_flight = dead.parent / new_attempt()  # of another store of this process, for all one can know
+    in_flight.make()
     Store(url).save(state(3), step=3)
-    assert not Path(dead.parent.path).exists()
+    assert not Path(dead.path).exists()
+    assert Path(in_flight.path).exists()
     assert [m.step for m in store.list()] == [3, 2, 1]
 
 

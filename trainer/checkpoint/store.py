@@ -8,6 +8,7 @@ import platform
 import time
 import warnings
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
@@ -112,8 +113,8 @@ class Store:
 
     A checkpoint is `<url>/<name>`; it exists from the moment its manifest is written, which is after everything else
     is durable, and its files are never changed. Saving a name again makes a new attempt, which replaces the older one
-    only when it is durable. One run at a time writes to a store: what earlier attempts left uncommitted is removed
-    after the first save.
+    only when it is durable. One run at a time writes to a store: what was begun before this process and never
+    committed is removed after the first save.
 
     retention: what is removed after a save is durable; None: nothing.
 
@@ -126,7 +127,7 @@ class Store:
         self.folder = Folder.at(url)
         self.world: Ranks = world if world is not None else _Alone()
         self.retention = retention
-        self._opened: float | None = time.time()
+        self._collect_before: float | None = _process_start()
         self._snapshot = Snapshot()
         in_this_process = "memory" in _protocols(self.folder)
         if self.world.size > 1 and in_this_process:
@@ -243,8 +244,8 @@ class Store:
     def _job(self, record: Record, manifest: Manifest) -> Job:
         commit = None
         if self.world.rank == 0:
-            commit = Commit(self.folder, manifest, self.retention, self._opened)
-            self._opened = None
+            commit = Commit(self.folder, manifest, self.retention, self._collect_before)
+            self._collect_before = None
         return Job(self.folder / manifest.name / manifest.attempt, record, commit)
 
     def _start(self, task: Job, prepared: _Prepared) -> ThreadWriter | ProcessWriter:
@@ -519,6 +520,16 @@ def _attempt(act: Callable[[], _T], what: str) -> tuple[_T | None, CheckpointErr
         failure = CheckpointError(f"{what}: {type(cause).__name__}: {cause}")
         failure.__cause__ = cause
         return None, failure
+
+
+def _process_start() -> float:
+    """When this process began, in seconds since 1970: what is older and not committed never will be.
+
+    Not when the store was opened: another store of this process may be writing into the same folder.
+    """
+    # Field 22 of /proc/pid/stat (proc(5)), counted after the name, which may hold anything but ends with ")".
+    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + ticks / os.sysconf("SC_CLK_TCK")
 
 
 def _manifests(folder: Folder) -> list[Manifest]:
