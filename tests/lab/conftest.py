@@ -18,7 +18,20 @@ if TYPE_CHECKING:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Lab tests wait for each other anyway: under --dist loadgroup one worker has them all, the others do not wait."""
+    """Lab tests come last and by their lab's settings, so that few labs are built.
+
+    They wait for each other anyway: under --dist loadgroup one worker has them all, and the others do not wait.
+    """
+
+    def order(item: pytest.Item) -> tuple[bool, str]:
+        if not item.get_closest_marker("lab"):
+            return False, ""
+        if "lab" not in item.fixturenames:  # type: ignore[attr-defined]  # pytest.Function has it
+            return True, "~"  # it makes and ends labs of its own
+        call = getattr(item, "callspec", None)
+        return True, repr(call.params.get("lab", "")) if call is not None else ""
+
+    items.sort(key=order)
     for item in items:
         if item.get_closest_marker("lab"):
             item.add_marker(pytest.mark.xdist_group("lab"))

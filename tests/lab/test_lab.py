@@ -139,7 +139,7 @@ def test_controller_and_accounting_come_and_go(lab):
     assert lab.run("srun", "hostname").startswith("node")
 
 
-@pytest.mark.parametrize("lab", [Settings(accounting=False)], indirect=True)
+@pytest.mark.parametrize("lab", [Settings(accounting=False, min_job_age=2)], indirect=True)
 def test_without_accounting_jobs_run_and_sacct_says_no(lab):
     job = lab.sbatch("--output=/dev/null", "--wrap=true")
     lab.wait_state(job, "COMPLETED")
