@@ -99,7 +99,6 @@ def measure(folder: Path, mib: int, rounds: int) -> dict:
     load: dict[str, list[float]] = {}
     stager = DefaultStager(StagingOptions(False, False, False, False))
     store = Store(str(folder / "ours"))
-    quiet = statistics.median(steps(1.0))
     calm, busy = [], []
     for turn in range(rounds + 1):  # the first warms every candidate up, and does not count
         for which in (stall, durable, load):
@@ -147,6 +146,7 @@ def measure(folder: Path, mib: int, rounds: int) -> dict:
             busy += steps(0.02)
         store.wait()
         store.remove(saved.name)
+    quiet = statistics.median(calm)
     memory = len(store._snapshot._flat) / (mib * 2**20)
     store.close()
     stager.close()
