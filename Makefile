@@ -6,7 +6,7 @@ JOBS   ?= 2
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help run test check lint types bench soak gpu clean
+.PHONY: help run test test-lab lab lab-down check lint types bench soak gpu clean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -21,7 +21,18 @@ run: $(BIN)/launch   ## install, then train the digits example on 4 ranks
 	$(BIN)/launch --procs 4 examples/digits.py
 
 test: $(BIN)/launch  ## install, then the everyday test suite
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -m "not soak and not gpu"
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -m "not soak and not gpu and not lab"
+
+test-lab: $(BIN)/launch ## tests on a real Slurm of 3 nodes in namespaces (root; installs Debian's Slurm)
+	tests/lab/install.sh
+	$(BIN)/python -m pytest tests/lab
+
+lab: $(BIN)/launch ## a Slurm cluster of 3 nodes to play with (root); end it with make lab-down
+	tests/lab/install.sh
+	$(BIN)/python tests/lab/lab.py shell
+
+lab-down:        ## end the cluster that make lab started
+	$(BIN)/python tests/lab/lab.py down
 
 check: lint types    ## ruff and mypy strict
 
