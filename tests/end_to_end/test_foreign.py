@@ -18,8 +18,7 @@ def need(package):
 
 
 def run(command, cwd, timeout=170):
-    # torchrun leaves its log folder in TMPDIR.
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TMPDIR": str(cwd)}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     return done.stdout
@@ -33,7 +32,8 @@ def test_torchrun_script_gives_the_same_model_under_both(tmp_path):
     models, printed = [], []
     for name, command in (
         ("launch", [str(BIN / "launch"), "--standalone", "--nproc_per_node=2"]),
-        ("torchrun", [str(BIN / "torchrun"), "--standalone", "--nproc_per_node=2"]),
+        # Without a log folder of its own torchrun leaves one in TMPDIR.
+        ("torchrun", [str(BIN / "torchrun"), "--standalone", "--nproc_per_node=2", f"--log-dir={tmp_path}/logs"]),
     ):
         folder = tmp_path / name
         folder.mkdir()
