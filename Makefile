@@ -21,7 +21,7 @@ run: $(BIN)/launch   ## install, then train the digits example on 4 ranks
 	$(BIN)/launch --procs 4 examples/digits.py
 
 test: $(BIN)/launch  ## install, then the everyday test suite
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -m "not soak and not gpu and not lab"
+	$(BIN)/python -m pytest -n $(JOBS) -m "not soak and not gpu and not lab"
 
 test-lab: $(BIN)/launch ## tests on a real Slurm of 3 nodes in namespaces (root; installs Debian's Slurm)
 	tests/lab/install.sh
