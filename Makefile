@@ -6,7 +6,7 @@ JOBS   ?= 2
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help run test test-lab lab lab-down check lint types bench soak gpu clean
+.PHONY: help run test test-failed test-lab lab lab-down check lint types bench soak gpu clean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -22,6 +22,9 @@ run: $(BIN)/launch   ## install, then train the digits example on 4 ranks
 
 test: $(BIN)/launch  ## install, then the everyday test suite
 	$(BIN)/python -m pytest -n $(JOBS) -m "not soak and not gpu and not lab"
+
+test-failed: $(BIN)/launch ## those that failed last time, one at a time
+	$(BIN)/python -m pytest --last-failed --last-failed-no-failures none -m "not soak and not gpu and not lab"
 
 test-lab: $(BIN)/launch ## tests on a real Slurm of 3 nodes in namespaces (root; installs Debian's Slurm)
 	tests/lab/install.sh

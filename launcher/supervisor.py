@@ -254,13 +254,15 @@ class Supervisor:
             return
         index = hello["node_rank"]
         if index is None:
-            index = next(iter(self.gang.missing), None)
+            taken = () if agent.process is not None else self._local
+            index = next((i for i in self.gang.missing if i not in taken), None)
         if index is None or not 0 <= index < len(self.gang.nodes):
             self._refuse(
                 agent, f"node rank {hello['node_rank']} is outside 0..{len(self.gang.nodes) - 1}, or all nodes are here"
             )
             return
-        if self.gang.nodes[index].here:
+        # The node whose agent is started right here has its place even before that agent has said hello.
+        if self.gang.nodes[index].here or (agent.process is None and index in self._local):
             self._refuse(agent, f"node rank {index} is taken by another node; give each its own --node-rank")
             return
         agent.index, agent.joined = index, True

@@ -49,7 +49,7 @@ def test_digits_survive_every_death_of_a_rank(tmp_path, small_memory):
     for cause, start in zip(causes, expected, strict=True):
         assert cause.startswith(start)
     # Every attempt went on from the checkpoint of the last one, so no attempt began anew.
-    assert done.stdout.count("fit goes on from") == len(ways)
+    assert done.stderr.count("fit goes on from") == len(ways)
     # One rank writes TensorBoard's files, one folder for the whole run.
     folders = {p.parent for p in (tmp_path / "runs/r").rglob("events.out.tfevents.*")}
     assert len(folders) == 1

@@ -137,3 +137,4 @@ with connect(accelerator="cpu") as world:
             torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
     print("kept", flush=True)
     dist.barrier()
+    dist.destroy_process_group()
