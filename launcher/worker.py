@@ -44,7 +44,7 @@ def run(order: dict[str, Any]) -> None:
     die_with_parent(order["parent"])
     if not order["terminal"]:
         os.setsid()
-    _restore_signals()
+    _restore_signals(order["ignored"])
     _redirect(order.get("fds", []), keep_stdin=order["stdin"])
     os.chdir(order["cwd"])
     program = order["program"]
@@ -63,7 +63,7 @@ def run(order: dict[str, Any]) -> None:
     _run_python(program["kind"], program["target"], program["args"], order["python"], environment)
 
 
-def _restore_signals() -> None:
+def _restore_signals(ignored: list[int]) -> None:
     for number in signal.valid_signals():
         if number in (signal.SIGKILL, signal.SIGSTOP):
             continue
@@ -71,8 +71,8 @@ def _restore_signals() -> None:
             default: Any = signal.SIG_DFL
             if number == signal.SIGINT:
                 default = signal.default_int_handler
-            elif number in (signal.SIGPIPE, getattr(signal, "SIGXFSZ", None)):
-                default = signal.SIG_IGN  # as the interpreter itself sets at start
+            elif number in (signal.SIGPIPE, signal.SIGXFSZ, *ignored):
+                default = signal.SIG_IGN  # as the interpreter itself sets at start, or as launch found it
             signal.signal(number, default)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
 

@@ -52,6 +52,9 @@ def serve(channel: Channel) -> dict[str, Any]:
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)  # the ranks keep theirs; we hold three descriptors for each
     resource.setrlimit(resource.RLIMIT_NOFILE, (limits[1], limits[1]))
     wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    # What was ignored when launch began (nohup) stays ignored in the ranks. SIGINT is ours to ignore on a terminal.
+    own = (signal.SIGINT, signal.SIGPIPE, signal.SIGXFSZ)
+    ignored = [int(n) for n in signal.valid_signals() if n not in own and signal.getsignal(n) is signal.SIG_IGN]
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2):
         # Slurm signals every process of a step; the zygote leaves when its agent says so and not before.
         signal.signal(number, signal.SIG_IGN)
@@ -121,6 +124,7 @@ def serve(channel: Channel) -> dict[str, Any]:
                             for fd in other.get("fds", ()):
                                 os.close(fd)
                         order["parent"] = os.getppid()
+                        order["ignored"] = ignored
                         return order
                     ranks[pid] = Rank(order["key"], pid)
                     for fd in order.get("fds", ()):
