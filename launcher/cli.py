@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from launcher import runs
+from launcher import index, runs
 from launcher.errors import LaunchError, UsageError
 from launcher.hardware import find_gpus
 from launcher.spec import LaunchSpec, Meeting, Output, Program, keeps_terminal
@@ -469,6 +469,8 @@ def _work(folder: runs.RunFolder, listener: socket.socket | None) -> int:
     again = f", attempt {state['attempt'] + 1}" if state["attempt"] >= 0 else ""
     ranks = f"{spec.world_size} rank{'s' if spec.world_size > 1 else ''}"
     say(f"{backend}, run {folder.run_id}{again}: {ranks} on {nodes}, folder {folder.path}")
+    if (why_not := index.register(folder.path, folder.created)) is not None:
+        say(why_not)
     if listener is None:
         from launcher.backends import local
 
