@@ -23,9 +23,10 @@ def test_state_is_saved_by_three_ranks_and_loaded_by_two_by_one_and_by_dcp(gang,
     alone = Store(store)
     manifest = alone.newest()
     assert manifest.world_size == 3
-    whole = alone.load(manifest)
+    whole = alone.load(manifest, orphans=True)
     assert whole.state["model"]["0.weight"].shape == (17, 30)
     assert whole.rank_state["rank"] == 0
+    assert [(o["rank"], o["own"].tolist()) for o in whole.orphans] == [(1, [1] * 5), (2, [2] * 5)]
     # What every rank has is written once, and the ranks share the work.
     sizes = [file.shard_bytes for file in manifest.files]
     payload = sum(t.nbytes for t in whole.state["plain"].values())

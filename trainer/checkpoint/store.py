@@ -22,7 +22,7 @@ from trainer.checkpoint.plan import Part, outline, parts_of_rank, structure
 from trainer.checkpoint.reader import Contents, Reading
 from trainer.checkpoint.shards import Layout, bytes_of, lay_out
 from trainer.checkpoint.snapshot import Snapshot, available_memory, has_memory
-from trainer.checkpoint.values import Json, decode, encode, is_dtensor
+from trainer.checkpoint.values import decode, encode, is_dtensor
 from trainer.checkpoint.writer import ProcessWriter, ThreadWriter
 from trainer.checkpoint.writing import cut_into_blocks
 from trainer.errors import CheckpointDamagedError, CheckpointError, CheckpointWriteError
@@ -98,11 +98,13 @@ class Loaded:
     """A verified checkpoint in memory.
 
     state: tensors on the CPU, DTensors as `state_like` had them. rank_state: what this rank had saved, or {} if the
-    checkpoint was written by fewer ranks. world_size: how many ranks wrote it.
+    checkpoint was written by fewer ranks. orphans: if asked for, what those ranks had saved that are no more and that
+    this rank stands in for: its number plus once, twice, ... the number of ranks. world_size: how many ranks wrote it.
     """
 
     state: Any
     rank_state: Any
+    orphans: tuple[Any, ...]
     extra: dict[str, Any]
     world_size: int
     path: str
@@ -330,7 +332,13 @@ class Store:
             raise error
         return manifests  # type: ignore[no-any-return]
 
-    def load(self, which: Manifest | str | os.PathLike[str], state_like: Mapping[str, Any] | None = None) -> Loaded:
+    def load(
+        self,
+        which: Manifest | str | os.PathLike[str],
+        state_like: Mapping[str, Any] | None = None,
+        *,
+        orphans: bool = False,
+    ) -> Loaded:
         """Load one checkpoint, verified; every rank calls it. which: a manifest, a name in this store, or a path.
 
         state_like: a state whose DTensors say which part of each this rank needs: those come as DTensors of the same
@@ -341,7 +349,8 @@ class Store:
             CheckpointNotFoundError, CheckpointDamagedError, CheckpointError: on every rank.
         """
         loaded, error = _attempt(
-            lambda: _load(self._open(which), state_like, self.world.rank), f"{_spelled(which)} cannot be read"
+            lambda: _load(self._open(which), state_like, self.world, orphans=orphans),
+            f"{_spelled(which)} cannot be read",
         )
         errors = [e for e in self.world.gather(error) if e is not None]
         if errors:
@@ -462,18 +471,23 @@ def _prepare(
     return _Prepared(record, layout, [*shared, *own], structure(tensors), outline(tensors))
 
 
-def _load(checkpoint: Checkpoint, state_like: Mapping[str, Any] | None, rank: int) -> Loaded:
+def _load(checkpoint: Checkpoint, state_like: Mapping[str, Any] | None, world: Ranks, *, orphans: bool) -> Loaded:
     contents = reader.read_contents(checkpoint)
     reading = Reading(contents)
     like = {k: t for k, t in encode(state_like)[1].items() if is_dtensor(t)} if state_like is not None else {}
     tensors = {key: _local_target(reading, contents, key, like.get(key)) for key in contents.keys()}  # noqa: SIM118
-    own = reading.own(rank) if rank < checkpoint.manifest.world_size else {}
+    of_ranks = range(world.rank, checkpoint.manifest.world_size, world.size)
+    mine = {rank: reading.own(rank) for rank in (of_ranks if orphans else of_ranks[:1])}
     reading.run()
     whole = {key: _rewrapped(tensor, like.get(key)) for key, tensor in tensors.items()}
-    record: Json = contents.records[rank].rank_state if rank < checkpoint.manifest.world_size else {}
+    rank_states = [
+        decode(contents.records[rank].rank_state, lambda key, own=own: _of(own, key, checkpoint))  # type: ignore[misc]
+        for rank, own in mine.items()
+    ]
     return Loaded(
         decode(contents.state, lambda key: _of(whole, key, checkpoint)),
-        decode(record, lambda key: _of(own, key, checkpoint)),
+        rank_states[0] if rank_states else {},
+        tuple(rank_states[1:]),
         checkpoint.manifest.extra,
         checkpoint.manifest.world_size,
         checkpoint.path,
