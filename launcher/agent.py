@@ -28,13 +28,13 @@ from launcher.errors import LaunchError, MeetingError, UsageError
 from launcher.failure import RankExit, read_error_file, signal_name
 from launcher.logs import Console, RankLog, prefix_for
 from launcher.processes import become_subreaper, die_with_parent, end_descendants, outlive_parent, threads_of
+from launcher.progress import PAGE, Progress
 from launcher.spec import LaunchSpec, keeps_terminal
 from launcher.topology import Place, World, places, rank_environment
 from launcher.zygote import serve
 
 __all__ = ["main"]
 
-PAGE = 64
 _ABORT_GRACE_S = 1.0  # after a failure nothing can be saved any more
 
 
@@ -472,6 +472,7 @@ class Node:
             log.close()
             tail = tuple(log.tail)
         page, mapping = self._pages.pop(local)
+        progress = Progress.of_page(mapping)
         mapping.close()
         os.close(page)
         error = read_error_file(folder / f"rank-{place.rank}.error.json")
@@ -492,7 +493,13 @@ class Node:
             killed_for_memory=report["code"] == -signal.SIGKILL and not asked and _oom_kills() > self._oom_kills,
         )
         self.exits[local] = ended
-        self.link.send({"exited": ended.to_json(), "attempt": world.attempt})
+        self.link.send(
+            {
+                "exited": ended.to_json(),
+                "attempt": world.attempt,
+                "progress": None if progress is None else progress.to_json(),
+            }
+        )
         if ended.failed:
             self.stop(_ABORT_GRACE_S)
         if not self._pids and len(self.exits) == len(self._places):

@@ -17,6 +17,7 @@ __all__ = [
     "end_descendants",
     "kill_tree",
     "outlive_parent",
+    "start_ticks",
     "threads_of",
 ]
 
@@ -55,6 +56,16 @@ def threads_of(pid: int | str = "self") -> list[str]:
         with contextlib.suppress(OSError), open(task / "comm") as file:
             names.append(file.read().strip())
     return names
+
+
+def start_ticks(pid: int) -> int | None:
+    """When a process started, in clock ticks since boot: with its pid it is told from every other; None if gone."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            # The name in brackets may hold spaces and brackets; of what follows it the 20th is the start.
+            return int(file.read().rpartition(b")")[2].split()[19])
+    except (OSError, IndexError):
+        return None
 
 
 def children_of(pid: int) -> list[int]:

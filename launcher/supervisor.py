@@ -24,7 +24,8 @@ from launcher.channel import Channel, Message, keep_alive, pair
 from launcher.errors import LaunchError, MeetingError, UsageError
 from launcher.failure import RankExit, render, signal_name
 from launcher.gang import Action, Gang, Outcome, Phase
-from launcher.processes import end_descendants
+from launcher.processes import end_descendants, start_ticks
+from launcher.progress import Progress
 from launcher.runs import write_json
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ def agent_command(*where: str) -> list[str]:
 class _Agent:
     link: Channel
     index: int | None = None
+    host: str = ""
     process: subprocess.Popen[bytes] | None = None
     joined: bool = False
     why: str | None = None  # it leaves, as it said itself
@@ -124,6 +126,7 @@ class Supervisor:
         self._spawned: set[int] = set()  # nodes whose agents are ours to start again
         self._signals: list[int] = []
         self._meet_by = time.monotonic() + join_timeout_s
+        self._progress: Progress | None = None  # of this attempt's ranks that have ended
         self._ran = False  # some attempt has begun, so agents have consoles to write out
         self._child_environment = {k: v for k, v in os.environ.items() if not k.startswith("PET_")}
 
@@ -142,7 +145,13 @@ class Supervisor:
             self._listener.setblocking(False)
             self._selector.register(self._listener, selectors.EVENT_READ, "listener")
         try:
-            self.run.set_state(status="running", attempt=self.gang.attempt, pid=os.getpid(), host=socket.gethostname())
+            self.run.set_state(
+                status="running",
+                attempt=self.gang.attempt,
+                pid=os.getpid(),
+                pid_start=start_ticks(os.getpid()),
+                host=socket.gethostname(),
+            )
             for node_rank in self._local:
                 self._spawn(node_rank)
             while self.gang.phase is not Phase.ENDED:
@@ -242,6 +251,8 @@ class Supervisor:
             self._do(self.gang.store_ready(message["attempt"], message["store"]["addr"], message["store"]["port"]))
         elif "exited" in message:
             ended = RankExit.from_json(message["exited"]).on_clock(agent.shift_ns)
+            if message["attempt"] == self.gang.attempt and message["progress"] is not None:
+                self._progress = Progress(**message["progress"]).and_of(self._progress)
             self._do(self.gang.rank_exited(message["attempt"], ended))
         elif "drained" in message:
             self._do(self.gang.node_drained(agent.index, message["attempt"]))
@@ -265,7 +276,7 @@ class Supervisor:
         if self.gang.nodes[index].here or (agent.process is None and index in self._local):
             self._refuse(agent, f"node rank {index} is taken by another node; give each its own --node-rank")
             return
-        agent.index, agent.joined = index, True
+        agent.index, agent.joined, agent.host = index, True, str(hello["host"])
         if agent.process is not None:
             self._spawned.add(index)
         else:
@@ -321,7 +332,8 @@ class Supervisor:
             elif action.kind == "started":
                 self._ran = True
                 self.run.set_state(attempt=self.gang.attempt)
-                self.run.event("attempt", attempt=self.gang.attempt, **action.message)
+                self._progress = None
+                self.run.event("attempt", attempt=self.gang.attempt, hosts=self._hosts(), **action.message)
             elif action.kind == "restarting":
                 self._restarting(action)
             elif action.kind == "respawn":
@@ -343,7 +355,13 @@ class Supervisor:
     def _restarting(self, action: Action) -> None:
         assert action.outcome is not None
         cause, restart = action.message["cause"], action.message["restart"]
-        self.run.event("attempt-failed", attempt=self.gang.attempt - 1, cause=cause, exits=action.message["exits"])
+        self.run.event(
+            "attempt-failed",
+            attempt=self.gang.attempt - 1,
+            cause=cause,
+            exits=action.message["exits"],
+            progress=self._progress_json(),
+        )
         self._record_failure(action.outcome)
         self._say(f"{cause}; restarting ({restart} of {self.run.spec.max_restarts})")
 
@@ -356,6 +374,14 @@ class Supervisor:
             if agent.process is not None:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     agent.process.wait(max(0.01, deadline - time.monotonic()))
+
+    def _hosts(self) -> list[str]:
+        """The hosts of this attempt, in the order of their nodes."""
+        by_index = {a.index: a.host for a in self._agents if a.index is not None}
+        return [by_index.get(i, "") for i in range(len(self.gang.nodes))]
+
+    def _progress_json(self) -> dict[str, Any] | None:
+        return None if self._progress is None else self._progress.to_json()
 
     def _record_failure(self, outcome: Outcome) -> None:
         root = outcome.root
@@ -382,6 +408,7 @@ class Supervisor:
             cause=outcome.cause,
             attempt=self.gang.attempt,
             exits=self.gang.exit_codes(),
+            progress=self._progress_json(),
         )
         self.run.set_state(status=outcome.status, exit_code=outcome.code, cause=outcome.cause)
 

@@ -14,7 +14,7 @@ PACKAGES = ("launcher", "trainer")
 
 # DESIGN.md: what stands further left knows nothing of what stands further right.
 ORDER = {
-    "errors": 0, "hardware": 0, "processes": 0, "spec": 1,
+    "errors": 0, "hardware": 0, "processes": 0, "progress": 0, "spec": 1,
     "topology": 2, "channel": 2, "logs": 2, "worker": 2, "runs": 2, "failure": 2, "index": 3, "gang": 3, "zygote": 3,
     "agent": 4, "elastic": 4, "supervisor": 4, "backends": 5, "cli": 6, "__init__": 7,
 }  # fmt: skip

@@ -1,0 +1,68 @@
+"""How far a rank is, from the page of 64 bytes that LAUNCH_PROGRESS names and that the program may fill.
+
+Layout, little endian: 0 u64 magic; 8 u64 step; 16 u32 phase; 20 u32 epoch; 24 u64 CLOCK_MONOTONIC ns of the last step;
+32 u64 last saved step; 40 f64 seconds of the last save; 48 f64 loss or NaN; 56 u64 one more than the step that this
+attempt began at (0: not told).
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import mmap
+
+__all__ = ["PAGE", "Progress"]
+
+PAGE = 64
+_MAGIC = 0x4D55535445520001
+_LAYOUT = struct.Struct("<QQIIQQddQ")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What one attempt did. Steps are the program's own count.
+
+    began: the step it went on from; step: its last; saved: the step of its last checkpoint; save_s: how long the
+    slowest rank took for that one. None: the program did not say, or has not saved.
+    """
+
+    step: int
+    began: int | None = None
+    saved: int | None = None
+    save_s: float | None = None
+
+    @classmethod
+    def of_page(cls, page: mmap.mmap | bytes) -> Progress | None:
+        """What a rank has filled in; None if it never did."""
+        magic, step, _, _, _, saved, save_s, _, began = _LAYOUT.unpack(page[:PAGE])
+        if magic != _MAGIC:
+            return None
+        # A save takes some time; a page without one says 0 in 0 s.
+        wrote = save_s > 0
+        return cls(
+            step=step or max(began - 1, 0),
+            began=began - 1 if began else None,
+            saved=saved if wrote else None,
+            save_s=save_s if wrote else None,
+        )
+
+    def and_of(self, other: Progress | None) -> Progress:
+        """Of two ranks: the steps of the one that is further, the longer save."""
+        if other is None:
+            return self
+        return Progress(
+            step=max(self.step, other.step),
+            began=_most(self.began, other.began),
+            saved=_most(self.saved, other.saved),
+            save_s=_most(self.save_s, other.save_s),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def _most(*values: Any) -> Any:
+    return max((v for v in values if v is not None), default=None)
