@@ -147,7 +147,7 @@ def measure(folder: Path, mib: int, rounds: int) -> dict:
         store.wait()
         store.remove(saved.name)
     quiet = statistics.median(calm)
-    memory = len(store._snapshot._flat) / (mib * 2**20)
+    memory = store.background.memory / (mib * 2**20)
     store.close()
     stager.close()
     best = {kind: {k: round(min(v), 4) for k, v in found.items()} for kind, found in

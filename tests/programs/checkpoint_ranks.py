@@ -102,9 +102,15 @@ def load(world: World, store: Store, model: nn.Module) -> None:
     print("WEIGHTS", sum(float(t.double().abs().sum()) for t in whole.state["model"].values()))
 
 
+def polled(store: Store) -> None:
+    """Ask until there is an answer; an error is one."""
+    while store.poll() is None:
+        pass
+
+
 def fail(world: World, store: Store) -> None:
     """What goes wrong on one rank is learnt, and answered alike, by all."""
-    state = {str(i): torch.full((90_000,), float(i)) for i in range(4)}
+    state = {str(i): torch.full((600_000,), float(i)) for i in range(4)}  # large enough for processes
     for step in (1, 2, 3):  # in the background, one after the other
         store.save(state | {"step": step}, step=step, wait=False)
         state["0"].fill_(-step)
@@ -124,13 +130,13 @@ def fail(world: World, store: Store) -> None:
     store.save(state, step=5, wait=False)
     store.wait()
     if world.rank == 1:
-        store._writer._process.send_signal(signal.SIGSTOP)
+        store.background._process._process.send_signal(signal.SIGSTOP)
     store.save(state, step=6, wait=False)
     if world.rank == 1:
         assert store.poll() is None
-        store._writer._process.kill()
-        store._writer._process.wait()
-        refuses(CheckpointWriteError, ["signal SIGKILL"], store.poll)
+        store.background._process._process.kill()
+        store.background._process._process.wait()
+        refuses(CheckpointWriteError, ["signal SIGKILL"], lambda: polled(store))
     refuses(CheckpointWriteError, ["rank 1", "signal SIGKILL"], store.wait)
     store.save(state, step=7, wait=False)
     store.wait()

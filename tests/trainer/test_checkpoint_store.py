@@ -50,6 +50,11 @@ def state(seed: int = 0, rows: int = 700) -> dict:
     }
 
 
+def large(seed: int) -> dict:
+    """One that a process writes: smaller ones are written by a thread."""
+    return {"w": torch.full((1 << 20,), float(seed)), "seed": seed}
+
+
 def same(a: object, b: object, path: str = "") -> None:
     assert type(a) is type(b), path
     if isinstance(a, torch.Tensor):
@@ -252,21 +257,21 @@ def test_a_full_disk_is_a_warning_and_loses_nothing(url, monkeypatch):
 
 def test_the_death_of_the_writer_is_an_error_at_the_next_step_and_not_the_end(url):
     with Store(url) as store:
-        store.save(state(1), step=1, wait=False)
+        store.save(large(1), step=1, wait=False)
         store.wait()
         helper = psutil.Process().children()[0]
         helper.suspend()
-        store.save(state(2), step=2, wait=False)
+        store.save(large(2), step=2, wait=False)
         assert store.poll() is None
         helper.kill()
         with pytest.raises(CheckpointWriteError, match="ended in the middle of its work, with signal SIGKILL"):
             poll_until_told(store)
         with pytest.raises(CheckpointWriteError):
-            store.save(state(3), step=3, wait=False)
+            store.save(large(3), step=3, wait=False)
         assert store.newest().step == 1
-        store.save(state(4), step=4, wait=False)
+        store.save(large(4), step=4, wait=False)
         store.wait()
-        same(state(4), store.load_newest().state)
+        same(large(4), store.load_newest().state)
 
 
 def poll_until_told(store):
@@ -282,7 +287,7 @@ store.save({"w": torch.zeros(1 << 22)}, step=1, wait=False)
 pid = os.fork()  # as a DataLoader's worker: it holds the other end of the writer's connection
 if pid == 0:
     signal.pause()
-print(pid, store._writer._process.pid, flush=True)
+print(pid, store.background._process._process.pid, flush=True)
 if sys.argv[2] == "kill":
     os.kill(os.getpid(), signal.SIGKILL)
 os.kill(pid, signal.SIGKILL)

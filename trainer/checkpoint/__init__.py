@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from trainer.checkpoint.background import Saved
 from trainer.checkpoint.file import load_checkpoint, load_file, save_file
 from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.retention import Retention
-from trainer.checkpoint.store import Loaded, Saved, Store
+from trainer.checkpoint.store import Loaded, Store
 from trainer.checkpoint.weights import load_tensors
 
 __all__ = [

@@ -18,7 +18,7 @@ from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING
 
 from trainer.checkpoint import job
-from trainer.checkpoint.writing import blocks_of
+from trainer.checkpoint.writing import Content, blocks_of
 
 if TYPE_CHECKING:
     from trainer.checkpoint.job import Job
@@ -50,15 +50,33 @@ def main(descriptor: int, parent: int) -> None:
 
 
 def _work(jobs: queue.SimpleQueue[tuple[Job, int]], connection: Connection) -> None:
+    mapped = _Mapped()
     while True:
         task, descriptor = jobs.get()
-        size = task.record.shard_bytes
         try:
-            with mmap.mmap(descriptor, max(size, 1), prot=mmap.PROT_READ) as content:
-                for outcome in job.run(task, blocks_of(memoryview(content)[:size])):
-                    connection.send((task.folder.name, outcome))
+            content = Content(blocks_of(mapped.view(descriptor, task.bytes)), descriptor)
+            for outcome in job.run(task, content):
+                connection.send(outcome)
         finally:
             os.close(descriptor)
+
+
+class _Mapped:
+    """The snapshot's memory, mapped once for as long as it is the same: 1 GiB takes 0.1 s of page faults."""
+
+    def __init__(self) -> None:
+        self._map: mmap.mmap | None = None
+        self._which: tuple[int, int] | None = None
+
+    def view(self, descriptor: int, size: int) -> memoryview:
+        """The first `size` bytes of a memory file."""
+        status = os.fstat(descriptor)
+        if self._which != (status.st_ino, status.st_size):
+            # No close: views of the map before it may still be alive, and with the last of them it goes.
+            self._map = mmap.mmap(descriptor, status.st_size, prot=mmap.PROT_READ)
+            self._which = status.st_ino, status.st_size
+        assert self._map is not None
+        return memoryview(self._map)[:size]
 
 
 if __name__ == "__main__":

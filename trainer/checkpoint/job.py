@@ -6,21 +6,38 @@ Torch-free: the writer's process imports it.
 from __future__ import annotations
 
 import errno
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
-from trainer.checkpoint import catalog
+from trainer.checkpoint import catalog, saved
 from trainer.checkpoint.retention import Retention, remove_unwanted
-from trainer.checkpoint.writing import commit, write_part
+from trainer.checkpoint.writing import commit, write_file, write_part
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterator
 
     from trainer.checkpoint.folder import Folder
     from trainer.checkpoint.manifest import Manifest, Record
+    from trainer.checkpoint.saved import After
+    from trainer.checkpoint.writing import Content
 
 # How long rank 0 waits for the records of the others once its own is written.
 COMMIT_TIMEOUT_S = 1800.0
+
+
+class Job(Protocol):
+    """One rank's part of one save."""
+
+    @property
+    def bytes(self) -> int:
+        """Size of what it writes."""
+
+    def write(self, content: Content) -> None:
+        """Make this rank's part durable. May raise anything."""
+
+    def finish(self) -> None:
+        """Once it is: commit, list, clean up. May raise anything as long as the checkpoint is not durable."""
 
 
 @dataclass(frozen=True)
@@ -34,15 +51,69 @@ class Commit:
     manifest: Manifest
     retention: Retention | None
     collect_before: float | None
+    after: After
 
 
 @dataclass(frozen=True)
-class Job:
-    """One rank's part of one save. commit: on rank 0 only."""
+class ShardJob:
+    """One rank's shard and record in a store. commit: on rank 0 only."""
 
     folder: Folder
     record: Record
     commit: Commit | None
+
+    @property
+    def bytes(self) -> int:
+        """Size of the shard."""
+        return self.record.shard_bytes
+
+    def write(self, content: Content) -> None:
+        """Write the shard, then the record."""
+        write_part(self.folder, self.record, content)
+
+    def finish(self) -> None:
+        """On rank 0: commit, then clean up. What cannot be cleaned up does not make the save fail."""
+        if self.commit is None:
+            return
+        commit(self.folder, self.commit.manifest, COMMIT_TIMEOUT_S)
+        unwanted = self.commit.after.list()
+        with suppress(Exception):
+            self._clean_up(self.commit, unwanted)
+
+    def _clean_up(self, work: Commit, unwanted: list[str]) -> None:
+        for older in catalog.attempts_of(self.folder.parent)[1:]:
+            catalog.remove_attempt(older.folder)
+        for path in unwanted:
+            saved.remove(path)
+        if work.collect_before is not None:
+            for dead in catalog.dead_attempts(work.store, work.collect_before):
+                catalog.remove_attempt(dead)
+        if work.retention is not None:
+            remove_unwanted(work.store, work.retention)
+
+
+@dataclass(frozen=True)
+class FileJob:
+    """A checkpoint that is one file, replaced as a whole."""
+
+    folder: Folder
+    name: str
+    bytes: int
+    after: After
+
+    def write(self, content: Content) -> None:
+        """Write the file, with the checksum of what was in memory at its end."""
+        self.folder.make()
+        write_file(self.folder, self.name, content)
+
+    def finish(self) -> None:
+        """List it, then clean up. What cannot be cleaned up does not make the save fail."""
+        unwanted = self.after.list()
+        with suppress(Exception):
+            for path in unwanted:
+                saved.remove(path)
+            if self.after.begun_before is not None:
+                saved.remove_parts(self.folder, self.after.begun_before)
 
 
 @dataclass(frozen=True)
@@ -62,37 +133,11 @@ class Outcome:
         return cls()
 
 
-def run(job: Job, blocks: Iterable[memoryview]) -> Iterator[Outcome]:
+def run(job: Job, content: Content) -> Iterator[Outcome]:
     """Do a job in its two stages: this rank's part is durable; then, on rank 0, the checkpoint is committed."""
-    written = write(job, blocks)
+    written = Outcome.of(lambda: job.write(content))
     yield written
-    yield written if written.failure is not None else finish(job)
-
-
-def write(job: Job, blocks: Iterable[memoryview]) -> Outcome:
-    """Make this rank's part durable."""
-    return Outcome.of(lambda: write_part(job.folder, job.record, blocks))
-
-
-def finish(job: Job) -> Outcome:
-    """On rank 0: commit, then clean up. What cannot be cleaned up does not make the save fail."""
-    if job.commit is None:
-        return Outcome()
-    work = job.commit
-    outcome = Outcome.of(lambda: commit(job.folder, work.manifest, COMMIT_TIMEOUT_S))
-    if outcome.failure is None:
-        Outcome.of(lambda: _clean_up(job.folder, work))
-    return outcome
-
-
-def _clean_up(folder: Folder, work: Commit) -> None:
-    for older in catalog.attempts_of(folder.parent)[1:]:
-        catalog.remove_attempt(older.folder)
-    if work.collect_before is not None:
-        for dead in catalog.dead_attempts(work.store, work.collect_before):
-            catalog.remove_attempt(dead)
-    if work.retention is not None:
-        remove_unwanted(work.store, work.retention)
+    yield written if written.failure is not None else Outcome.of(job.finish)
 
 
 def _is_disk_full(error: BaseException | None) -> bool:

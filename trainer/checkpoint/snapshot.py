@@ -42,6 +42,11 @@ class Snapshot:
         """The memory's file descriptor."""
         return self._descriptor
 
+    @property
+    def capacity(self) -> int:
+        """Bytes that are taken."""
+        return len(self._flat)
+
     def view(self) -> memoryview:
         """The bytes of the shard that was copied last."""
         assert self._map is not None
@@ -51,24 +56,30 @@ class Snapshot:
         """How much more memory a shard of `size` bytes would take."""
         return 0 if self._fits(size) else size - len(self._flat)
 
-    def fill(self, layout: Layout, parts: Sequence[Part]) -> None:
-        """Copy a shard; on return the tensors may change. Nobody may be reading the one before it.
+    def reserve(self, size: int, *, pinned: bool) -> torch.Tensor:
+        """Memory for `size` bytes, flat uint8, to be filled. Nobody may be reading what was there before.
 
         Raises:
             OSError: there is no memory.
         """
-        if not self._fits(layout.bytes):
+        if not self._fits(size):
             self.close()
-            self._allocate(layout.bytes, pinned=any(part.data.is_cuda for part in parts))
-        assert self._map is not None
-        self._size = layout.bytes
-        self._map[: len(layout.header)] = layout.header
+            self._allocate(size, pinned=pinned)
+        # Whoever reads the file sees just what is in it.
+        os.ftruncate(self._descriptor, size)
+        self._size = size
+        return self._flat[:size]
+
+    def fill(self, layout: Layout, parts: Sequence[Part]) -> None:
+        """Copy a shard; on return the tensors may change. Raises OSError: there is no memory."""
+        flat = self.reserve(layout.bytes, pinned=any(part.data.is_cuda for part in parts))
+        flat[: len(layout.header)] = torch.frombuffer(bytearray(layout.header), dtype=torch.uint8)
         data = {part.key: part.data for part in parts}
         devices = set()
         for piece in layout.pieces:
             source = data[piece.key]
             if piece.begin < piece.end:
-                target = self._flat[piece.begin : piece.end].view(source.dtype).view(source.shape)
+                target = flat[piece.begin : piece.end].view(source.dtype).view(source.shape)
                 target.copy_(source, non_blocking=self._pinned)
                 devices.add(source.device)
         for device in devices:

@@ -6,91 +6,35 @@ import json
 import os
 import platform
 import time
-import warnings
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from trainer.checkpoint import catalog, job, reader
+from trainer.checkpoint import catalog, reader
+from trainer.checkpoint.background import Alone, Background, Ranks, Saved
 from trainer.checkpoint.catalog import Checkpoint
 from trainer.checkpoint.folder import Folder
-from trainer.checkpoint.job import Commit, Job, Outcome
+from trainer.checkpoint.job import Commit, ShardJob
 from trainer.checkpoint.manifest import DAMAGED, Manifest, Record, new_attempt
 from trainer.checkpoint.plan import Part, outline, parts_of_rank, structure
 from trainer.checkpoint.reader import Contents, Reading
+from trainer.checkpoint.saved import After, process_start
 from trainer.checkpoint.shards import Layout, bytes_of, lay_out
-from trainer.checkpoint.snapshot import Snapshot, available_memory, has_memory
 from trainer.checkpoint.values import decode, encode, is_dtensor
-from trainer.checkpoint.writer import ProcessWriter, ThreadWriter
 from trainer.checkpoint.writing import cut_into_blocks
-from trainer.errors import CheckpointDamagedError, CheckpointError, CheckpointWriteError
+from trainer.errors import CheckpointDamagedError, CheckpointError
 from trainer.ranks import rank_zero_warn
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping
     from types import TracebackType
 
     from trainer.checkpoint.retention import Retention
+    from trainer.checkpoint.snapshot import Snapshot
 
 
 _T = TypeVar("_T")
-
-
-class Ranks(Protocol):
-    """What the store needs of a `trainer.distributed.World`."""
-
-    @property
-    def rank(self) -> int:
-        """The number of this rank."""
-
-    @property
-    def size(self) -> int:
-        """How many there are."""
-
-    def gather(self, obj: Any) -> list[Any]:
-        """The objects of all ranks, in their order, on every rank."""
-
-    def broadcast(self, obj: Any, src: int = 0) -> Any:
-        """The object of rank `src`, on every rank."""
-
-
-class _Alone:
-    """One process."""
-
-    rank = 0
-    size = 1
-
-    def gather(self, obj: Any) -> list[Any]:
-        return [obj]
-
-    def broadcast(self, obj: Any, src: int = 0) -> Any:  # noqa: ARG002
-        return obj
-
-
-@dataclass(frozen=True)
-class Saved:
-    """A save that was begun. It is durable when `Store.save(wait=True)` or `Store.wait()` returned, or `poll` gave it.
-
-    stall_s: how long training stood still for it. seconds: until it was durable; None as long as that is not known.
-    """
-
-    path: str
-    name: str
-    step: int
-    stall_s: float
-    seconds: float | None = None
-
-
-@dataclass
-class _Pending:
-    """The save in the background. told: `poll` has said how it went."""
-
-    saved: Saved
-    began: float
-    writer: ThreadWriter | ProcessWriter
-    told: bool = False
 
 
 @dataclass(frozen=True)
@@ -120,22 +64,27 @@ class Store:
 
     retention: what is removed after a save is durable; None: nothing.
 
+    background: shared by several stores, whose saves then take turns; None: one of its own.
+
     Close it, or use it in `with`: a save in the background has a process of its own, which ends then.
     """
 
     def __init__(
-        self, url: str | os.PathLike[str], world: Ranks | None = None, *, retention: Retention | None = None
+        self,
+        url: str | os.PathLike[str],
+        world: Ranks | None = None,
+        *,
+        retention: Retention | None = None,
+        background: Background | None = None,
     ) -> None:
         self.folder = Folder.at(url)
-        self.world: Ranks = world if world is not None else _Alone()
+        self.world: Ranks = world if world is not None else Alone()
         self.retention = retention
-        self._collect_before: float | None = _process_start()
-        self._snapshot = Snapshot()
-        in_this_process = "memory" in _protocols(self.folder)
-        if self.world.size > 1 and in_this_process:
+        self._collect_before: float | None = process_start()
+        if self.world.size > 1 and self.folder.in_this_process:
             raise CheckpointError("memory:// lives in one process: a store for several ranks needs one they all reach.")
-        self._writer: ThreadWriter | ProcessWriter = ThreadWriter() if in_this_process else ProcessWriter()
-        self._pending: _Pending | None = None
+        self._owns = background is None
+        self.background = Background(self.world) if background is None else background
 
     def __enter__(self) -> Store:
         return self
@@ -155,13 +104,15 @@ class Store:
         name: str | None = None,
         rank_state: Mapping[str, Any] | None = None,
         extra: Mapping[str, Any] | None = None,
+        after: After | None = None,
         wait: bool = True,
     ) -> Saved:
         """Save a state; every rank calls it.
 
         state: what all ranks share: plain values (rank 0's are taken), tensors that every rank has alike (written
         once, the ranks share the work), and DTensors (each rank writes its shard). rank_state: this rank's own.
-        extra: JSON for the manifest, such as metrics. name: the folder's, default `step-<step>`.
+        extra: JSON for the manifest, such as metrics. name: the folder's, default `step-<step>`. after: what follows on
+        rank 0 once it is durable.
 
         wait=True returns when the checkpoint is committed. wait=False returns when the state is copied, so that
         training may change it; a process of its own writes it. `poll` and `wait` tell when it is durable. If the save
@@ -182,115 +133,37 @@ class Store:
         task = self._job(prepared.record, Manifest(
             name, attempt, step, self.world.size, (), time.time(), dict(extra or {}),
             {"python": platform.python_version(), "torch": str(torch.__version__)},
-        ))  # fmt: skip
-        path = str(self.folder / name)
-        if wait:
-            self._settle(job.write(task, prepared.blocks()), lambda: job.finish(task), path)
-            seconds = time.monotonic() - began
-            return Saved(path, name, step, seconds, seconds)
-        writer = self._start(task, prepared)
-        saved = Saved(path, name, step, time.monotonic() - began)
-        self._pending = _Pending(saved, began, writer)
-        return saved
+        ), after or After())  # fmt: skip
+        saved = Saved(str(self.folder / name), name, step, 0.0)
+        if wait and self.folder.local:
+            return self.background.at_once(task, prepared, saved, began)
+        saved = self.background.begin(task, prepared, saved, began, self.folder)
+        if not wait:
+            return saved
+        # From a copy, since other file systems take a file faster than a stream.
+        self.background.wait_strictly()
+        seconds = time.monotonic() - began
+        return replace(saved, stall_s=seconds, seconds=seconds)
 
     def poll(self) -> Saved | None:
-        """The save in the background if it has become durable since (on ranks other than 0: its part has); else None.
+        """The save in the background if it has become durable since; see `Background.poll`."""
+        return self.background.poll()
 
-        Never waits, and asks no other rank: for every step.
-
-        Raises:
-            CheckpointWriteError: it failed on this rank. That the store is full is a warning only, given once.
-        """
-        pending = self._pending
-        if pending is None or pending.told:
-            return None
-        outcome = pending.writer.stage(1, 0)
-        if outcome is None:
-            return None
-        pending.told = True
-        if outcome.failure is None:
-            return replace(pending.saved, seconds=time.monotonic() - pending.began)
-        if not outcome.disk_full:
-            raise CheckpointWriteError(f"The checkpoint {pending.saved.path} was not written: {outcome.failure}")
-        warnings.warn(_disk_full(pending.saved.path, outcome.failure), stacklevel=2)
-        return None
-
-    def wait(self) -> None:
-        """Wait until the save in the background is committed; every rank calls it. Without one, nothing.
-
-        Raises:
-            CheckpointWriteError: it failed, on any rank. That the store is full is a warning only.
-        """
-        pending, self._pending = self._pending, None
-        if pending is None:
-            return
-        written = pending.writer.stage(0, None)
-        assert written is not None
-        try:
-            self._settle(written, lambda: pending.writer.stage(1, None) or Outcome(), pending.saved.path)
-        except CheckpointWriteError as error:
-            pending.writer.abandon()
-            if not error.disk_full:
-                raise
-            if not pending.told:
-                rank_zero_warn(_disk_full(pending.saved.path, str(error)))
+    def wait(self) -> bool:
+        """Wait until the save in the background is committed; every rank calls it; see `Background.wait`."""
+        return self.background.wait()
 
     def close(self) -> None:
         """Wait for what this rank writes, and let its process and memory go. Asks no other rank."""
-        if self._pending is not None:
-            self._pending.writer.close()
-            self._pending = None
-        self._writer.close()
-        self._snapshot.close()
+        if self._owns:
+            self.background.close()
 
-    def _job(self, record: Record, manifest: Manifest) -> Job:
+    def _job(self, record: Record, manifest: Manifest, after: After) -> ShardJob:
         commit = None
         if self.world.rank == 0:
-            commit = Commit(self.folder, manifest, self.retention, self._collect_before)
+            commit = Commit(self.folder, manifest, self.retention, self._collect_before, after)
             self._collect_before = None
-        return Job(self.folder / manifest.name / manifest.attempt, record, commit)
-
-    def _start(self, task: Job, prepared: _Prepared) -> ThreadWriter | ProcessWriter:
-        """Copy the state and hand the copy to the writer; or, without memory for it, write right now."""
-        shortage = None
-        growth = self._snapshot.growth(prepared.layout.bytes)
-        if not has_memory(growth):
-            shortage = f"{growth / 2**20:.0f} MiB are needed, {available_memory() / 2**20:.0f} MiB are free"
-        else:
-            try:
-                self._snapshot.fill(prepared.layout, prepared.parts)
-            except OSError as error:
-                shortage = str(error)
-        if shortage is None:
-            self._writer.start(task, self._snapshot)
-            return self._writer
-        warnings.warn(
-            f"Rank {self.world.rank} has no memory for a copy of its state ({shortage}): this checkpoint is written "
-            "while training waits.",
-            stacklevel=3,
-        )
-        self._snapshot.close()
-        writer = ThreadWriter()
-        writer.start_written(task, job.write(task, prepared.blocks()))
-        return writer
-
-    def _settle(self, written: Outcome, finish: Callable[[], Outcome], path: str) -> None:
-        """All ranks learn how all of them fared; then rank 0 commits, or learns that it has."""
-        failed = {rank: o for rank, o in enumerate(self.world.gather(written)) if o.failure is not None}
-        if failed:
-            rank, outcome = next(iter(failed.items()))
-            where = f"rank {rank}: " if self.world.size > 1 else ""
-            full = any(o.disk_full for o in failed.values())
-            raise CheckpointWriteError(
-                f"The checkpoint {path} was not written: {where}{outcome.failure}", disk_full=full
-            )
-        committed = finish() if self.world.rank == 0 else None
-        committed = self.world.broadcast(committed)
-        assert committed is not None
-        if committed.failure is not None:
-            raise CheckpointWriteError(
-                f"The checkpoint {path} was not committed: {committed.failure}", disk_full=committed.disk_full
-            )
+        return ShardJob(self.folder / manifest.name / manifest.attempt, record, commit)
 
     def _agree(self, prepare: Callable[[], _Prepared]) -> tuple[str, _Prepared]:
         """One exchange: rank 0's attempt name, whether all could prepare, and whether their states fit together."""
@@ -428,6 +301,15 @@ class _Prepared:
     structure: str
     outline: list[str] = field(repr=False)
 
+    @property
+    def bytes(self) -> int:
+        """Size of the shard."""
+        return self.layout.bytes
+
+    def fill(self, snapshot: Snapshot) -> None:
+        """Copy the shard."""
+        snapshot.fill(self.layout, self.parts)
+
     def blocks(self) -> Iterator[memoryview]:
         """The bytes of the shard, straight from the tensors, cut at the blocks that are checksummed."""
         return cut_into_blocks(self._views()) if self.layout.pieces else iter(())
@@ -536,16 +418,6 @@ def _attempt(act: Callable[[], _T], what: str) -> tuple[_T | None, CheckpointErr
         return None, failure
 
 
-def _process_start() -> float:
-    """When this process began, in seconds since 1970: what is older and not committed never will be.
-
-    Not when the store was opened: another store of this process may be writing into the same folder.
-    """
-    # Field 22 of /proc/pid/stat (proc(5)), counted after the name, which may hold anything but ends with ")".
-    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-    return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + ticks / os.sysconf("SC_CLK_TCK")
-
-
 def _manifests(folder: Folder) -> list[Manifest]:
     return [checkpoint.manifest for checkpoint in catalog.checkpoints_in(folder)]
 
@@ -554,15 +426,6 @@ def _spelled(which: Manifest | str | os.PathLike[str]) -> str:
     return which.name if isinstance(which, Manifest) else os.fspath(which)
 
 
-def _disk_full(path: str, why: str) -> str:
-    return f"The checkpoint {path} was not written, because the store is full ({why}). Training goes on without it."
-
-
 def _check_name(name: str) -> None:
     if not name or "/" in name or name in (".", ".."):
         raise CheckpointError(f"A checkpoint's name is one part of a path, not {name!r}.")
-
-
-def _protocols(folder: Folder) -> Sequence[str]:
-    protocol = folder.fs.protocol
-    return (protocol,) if isinstance(protocol, str) else tuple(protocol)

@@ -16,14 +16,18 @@ from typing import TYPE_CHECKING
 
 from trainer.checkpoint import job
 from trainer.checkpoint.job import Outcome
-from trainer.checkpoint.writing import blocks_of
+from trainer.checkpoint.writing import Content, blocks_of
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     from trainer.checkpoint.job import Job
     from trainer.checkpoint.snapshot import Snapshot
 
 # At the end of the process, rank 0's writer waits so long for records of other ranks, which may be dead.
 _PATIENCE_AT_EXIT_S = 60.0
+# A process whose connection is closed leaves at once, unless it hangs in a system call.
+_ENDS_WITHIN_S = 5.0
 
 # Runs `trainer.checkpoint.helper` without running `trainer/__init__.py`, which imports torch (1.3 s, 300 MB).
 _BOOT = """
@@ -38,58 +42,76 @@ main(int(sys.argv[1]), int(sys.argv[2]))
 """
 
 
-class ThreadWriter:
-    """Writes in a thread of this process: for file systems that live in it, such as memory://."""
+class Writer:
+    """Does one job at a time beside the training, and tells of its two stages: written, committed.
 
-    def __init__(self) -> None:
-        self._thread: threading.Thread | None = None
+    told: called in a thread of the writer's when a job is over.
+    """
+
+    def __init__(self, told: Callable[[Outcome], object]) -> None:
+        self._told = told
+        self._changed = threading.Condition()
         self._stages: list[Outcome] = []
-
-    def start(self, task: Job, snapshot: Snapshot) -> None:
-        """Begin a job; the one before it must be over."""
-        self._stages = []
-        self._thread = threading.Thread(target=self._run, args=(task, snapshot), name="checkpoint-writer")
-        self._thread.start()
-
-    def start_written(self, task: Job, written: Outcome) -> None:
-        """Begin the second stage of a job whose first is over."""
-        self._stages = [written]
-        rest = job.finish if written.failure is None else lambda _: written
-        self._thread = threading.Thread(target=lambda: self._stages.append(rest(task)), name="checkpoint-writer")
-        self._thread.start()
-
-    def _run(self, task: Job, snapshot: Snapshot) -> None:
-        for outcome in job.run(task, blocks_of(snapshot.view())):
-            self._stages.append(outcome)
+        self._thread: threading.Thread | None = None
 
     def stage(self, number: int, timeout_s: float | None) -> Outcome | None:
-        """How writing (0) and committing (1) went; None if both are not over within the timeout (None: no limit)."""
-        if self._thread is not None and len(self._stages) <= number:
-            self._thread.join(timeout_s)
-        return self._stages[number] if len(self._stages) > number else None
+        """How writing (0) or committing (1) went; None if it is not over within the timeout (None: no limit)."""
+        with self._changed:
+            self._changed.wait_for(lambda: len(self._stages) > number, timeout_s)
+            return self._stages[number] if len(self._stages) > number else None
 
-    def abandon(self) -> None:
-        """Nothing: this process is the only rank, so it is the one that failed, and its thread is over."""
+    def _watch(self, outcomes: Callable[[], Iterator[Outcome]]) -> None:
+        """Take in the two outcomes of a job, in a thread."""
 
-    def close(self) -> None:
-        """Wait for the job in hand."""
-        if self._thread is not None:
+        def run() -> None:
+            for outcome in outcomes():
+                with self._changed:
+                    self._stages.append(outcome)
+                    self._changed.notify_all()
+            self._told(self._stages[1])
+
+        self._join()
+        self._stages = []
+        # A daemon: the interpreter joins others before it calls what is registered for its exit.
+        self._thread = threading.Thread(target=run, name="checkpoint-writer", daemon=True)
+        self._thread.start()
+
+    def _join(self) -> None:
+        if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
             self._thread = None
 
 
-class ProcessWriter:
+class ThreadWriter(Writer):
+    """Writes in a thread of this process: what is small, and file systems that live in it, such as memory://."""
+
+    def start(self, task: Job, snapshot: Snapshot) -> None:
+        """Begin a job; the one before it must be over."""
+        self._watch(lambda: job.run(task, Content(blocks_of(snapshot.view()), snapshot.descriptor)))
+
+    def start_written(self, task: Job, written: Outcome) -> None:
+        """Begin the second stage of a job whose first is over."""
+        self._watch(lambda: iter((written, Outcome.of(task.finish) if written.failure is None else written)))
+
+    def abandon(self) -> None:
+        """Nothing: it writes what it has, and does not commit. A thread cannot be stopped."""
+
+    def close(self) -> None:
+        """Wait for the job in hand."""
+        self._join()
+
+
+class ProcessWriter(Writer):
     """Writes in a process of its own, which is started at the first job and serves all of them.
 
     The job's bytes are not sent: the process maps the snapshot's memory.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, told: Callable[[Outcome], object]) -> None:
+        super().__init__(told)
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
         self._channel: socket.socket | None = None
-        self._stages: list[Outcome] = []
-        self._attempt = ""
         self._owner = os.getpid()
 
     def start(self, task: Job, snapshot: Snapshot) -> None:
@@ -99,29 +121,21 @@ class ProcessWriter:
             self._launch()
         assert self._connection is not None
         assert self._channel is not None
-        self._stages, self._attempt = [], task.folder.name
         try:
             self._connection.send(task)
             socket.send_fds(self._channel, [b"m"], [snapshot.descriptor])
         except ConnectionError:
-            self._stages = [self._lost()]
+            pass  # told by the end of the connection
+        connection = self._connection
+        self._watch(lambda: self._received(connection))
 
-    def stage(self, number: int, timeout_s: float | None) -> Outcome | None:
-        """How writing (0) or committing (1) went; None if it is not over within the timeout (None: no limit)."""
-        while len(self._stages) <= number:
-            if self._stages and self._stages[-1].failure is not None and self._connection is None:
-                return self._stages[-1]
-            assert self._connection is not None
-            try:
-                if not self._connection.poll(timeout_s):
-                    return None
-                attempt, outcome = self._connection.recv()
-                # A rank that need not commit does not wait for that stage: it may come after the next job began.
-                if attempt == self._attempt:
-                    self._stages.append(outcome)
-            except (EOFError, ConnectionError):
-                self._stages.append(self._lost())
-        return self._stages[number]
+    def _received(self, connection: Connection) -> Iterator[Outcome]:
+        try:
+            yield connection.recv()
+            yield connection.recv()
+        except (EOFError, OSError):
+            lost = self._lost()
+            yield from (lost, lost)
 
     def abandon(self) -> None:
         """Give the job in hand up: another rank has failed, so there is nothing to commit."""
@@ -132,13 +146,10 @@ class ProcessWriter:
         if self._owner != os.getpid() or self._process is None:
             return
         try:
-            if self._started_unfinished() and self.stage(0, None) is not None:
+            if self._thread is not None and self.stage(0, None) is not None:
                 self.stage(1, _PATIENCE_AT_EXIT_S)
         finally:
             self._stop()
-
-    def _started_unfinished(self) -> bool:
-        return self._connection is not None and len(self._stages) < 2
 
     def _launch(self) -> None:
         ours, theirs = socket.socketpair()
@@ -155,23 +166,29 @@ class ProcessWriter:
 
     def _lost(self) -> Outcome:
         assert self._process is not None
-        self._stop()
-        code = self._process.returncode
+        try:
+            code = self._process.wait(_ENDS_WITHIN_S)
+        except subprocess.TimeoutExpired:
+            return Outcome("The writer's process closed its connection in the middle of its work.")
         how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         return Outcome(f"The writer's process ended in the middle of its work, with {how}.")
 
     def _stop(self) -> None:
         if self._process is None:
             return
+        if self._channel is not None:
+            # Ends the reading of our thread, and lets the process leave.
+            self._channel.shutdown(socket.SHUT_RDWR)
+        if self._process.returncode is None:
+            # It may hang in a system call of the store, and its files are not whole.
+            try:
+                self._process.wait(_ENDS_WITHIN_S)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+        self._join()
         for end in (self._connection, self._channel):
             if end is not None:
                 end.close()
         self._connection = self._channel = None
-        if self._process.returncode is None:
-            # Closing our end lets it leave; it may hang in a system call of the store, and its files are not whole.
-            try:
-                self._process.wait(5)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
         atexit.unregister(self.close)

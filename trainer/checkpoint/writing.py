@@ -6,8 +6,10 @@ Torch-free: the writer's process imports it.
 from __future__ import annotations
 
 import json
+import os
 import time
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from trainer.checkpoint.manifest import (
@@ -21,6 +23,7 @@ from trainer.checkpoint.manifest import (
     record_name,
     shard_name,
 )
+from trainer.checkpoint.seal import seal_of
 from trainer.errors import CheckpointDamagedError, CheckpointWriteError
 
 if TYPE_CHECKING:
@@ -29,8 +32,16 @@ if TYPE_CHECKING:
     from trainer.checkpoint.folder import Folder
 
 
-def write_part(folder: Folder, record: Record, blocks: Iterable[memoryview]) -> None:
-    """Write one rank's shard and then its record, both durable on return. `blocks`: the shard, cut at BLOCK bytes.
+@dataclass(frozen=True)
+class Content:
+    """What a rank writes: its bytes, cut at BLOCK. descriptor: of the memory file that holds just them, if one does."""
+
+    blocks: Iterable[memoryview]
+    descriptor: int | None = None
+
+
+def write_part(folder: Folder, record: Record, content: Content) -> None:
+    """Write one rank's shard and then its record, both durable on return.
 
     If that fails, a note is left for rank 0, which waits for this record.
 
@@ -41,7 +52,12 @@ def write_part(folder: Folder, record: Record, blocks: Iterable[memoryview]) -> 
         folder.make()
         checksums: list[str] = []
         if record.shard_bytes:
-            folder.write_blocks(shard_name(record.rank), _hashed(blocks, checksums))
+            hashed = _hashed(content.blocks, checksums)
+            if content.descriptor is None or folder.local:
+                folder.write_blocks(shard_name(record.rank), hashed)
+            else:
+                _exhaust(hashed)
+                folder.upload(shard_name(record.rank), content.descriptor)
         folder.write_whole(record_name(record.rank), replace(record, blocks=tuple(checksums)).dump())
     except Exception as error:
         try:
@@ -49,6 +65,19 @@ def write_part(folder: Folder, record: Record, blocks: Iterable[memoryview]) -> 
         except Exception as second:  # the store is gone; the first error says why
             raise error from second
         raise
+
+
+def write_file(folder: Folder, name: str, content: Content) -> None:
+    """Write one file, sealed with the checksum of its content. It is there whole, or as it was before."""
+    checksums: list[str] = []
+    hashed = _hashed(content.blocks, checksums)
+    if content.descriptor is None or folder.local:
+        seal = (memoryview(seal_of(checksums)) for _ in range(1))  # made when the blocks have been hashed
+        folder.replace_blocks(name, chain(hashed, seal))
+        return
+    size = sum(len(block) for block in hashed)
+    os.pwrite(content.descriptor, seal_of(checksums), size)
+    folder.upload(name, content.descriptor)
 
 
 def commit(folder: Folder, manifest: Manifest, timeout_s: float) -> Manifest:
@@ -146,6 +175,11 @@ def _hashed(blocks: Iterable[memoryview], checksums: list[str]) -> Iterator[memo
         # Just before it is written, while it is in the cache.
         checksums.append(block_checksum(block))
         yield block
+
+
+def _exhaust(blocks: Iterable[memoryview]) -> None:
+    for _ in blocks:
+        pass
 
 
 def _failure_name(rank: int) -> str:

@@ -1,0 +1,127 @@
+"""The run folder's list of the checkpoints that training can go on from.
+
+Torch-free: the writer's process imports it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trainer.checkpoint.folder import Folder
+from trainer.ranks import rank_zero_warn
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+# Newest entries that are kept; older ones are long gone from disk.
+_KEPT = 32
+# Of the checkpoints that nobody asked for by name so many stay: the newest, and one to fall back on.
+_OWN_KEPT = 2
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A checkpoint that was durable when it was listed.
+
+    batches: training batches that it has seen. finished: the training was over. own: nobody asked for it by name, so
+    it goes when newer ones are there. damaged: it could not be read again; it is passed over for ever.
+    """
+
+    path: str
+    batches: int
+    finished: bool = False
+    own: bool = False
+    damaged: bool = False
+
+
+@dataclass(frozen=True)
+class SavedList:
+    """`checkpoints/saved.json` in the run folder. One process at a time changes it; it is replaced as a whole."""
+
+    path: Path
+
+    @classmethod
+    def of(cls, run_dir: str) -> SavedList:
+        """The list of a run folder."""
+        return cls(Path(run_dir) / "checkpoints" / "saved.json")
+
+    def read(self) -> list[Entry]:
+        """The entries, oldest first."""
+        try:
+            return [Entry(**line) for line in json.loads(self.path.read_text())]
+        except FileNotFoundError:
+            return []
+        except (ValueError, TypeError) as error:
+            rank_zero_warn(f"{self.path} is damaged ({error}); looking for checkpoints without it.")
+            return []
+
+    def add(self, entry: Entry, replaced: Collection[str] = ()) -> list[str]:
+        """List a checkpoint that is durable now; returns the paths that may go: `replaced`, and own ones too many."""
+        others = [e for e in self.read() if e.path != entry.path and e.path not in replaced]
+        entries = [*others, entry]
+        own = [e for e in entries if e.own and not e.damaged]
+        superseded = [e.path for e in own[:-_OWN_KEPT]]
+        self._write([e for e in entries if e.path not in superseded][-_KEPT:])
+        return [*replaced, *superseded]
+
+    def set_aside(self, path: str) -> None:
+        """Note that a checkpoint is damaged."""
+        self._write([replace(e, damaged=True) if e.path == path else e for e in self.read()])
+
+    def _write(self, entries: list[Entry]) -> None:
+        folder = Folder.at(self.path.parent)
+        folder.make()
+        folder.write_whole(self.path.name, json.dumps([asdict(e) for e in entries], indent=1).encode())
+
+
+@dataclass(frozen=True)
+class After:
+    """What follows on rank 0 once a checkpoint is durable: it is listed, then what it replaces is removed.
+
+    replaced: paths or URLs of checkpoints. begun_before: in the folder of a file, parts that were begun before this
+    time (seconds since 1970) and never finished are removed.
+    """
+
+    saved: SavedList | None = None
+    entry: Entry | None = None
+    replaced: tuple[str, ...] = ()
+    begun_before: float | None = None
+
+    def list(self) -> list[str]:
+        """List the checkpoint; returns what may be removed then."""
+        if self.saved is None or self.entry is None:
+            return list(self.replaced)
+        return self.saved.add(self.entry, self.replaced)
+
+
+def remove(path: str) -> None:
+    """Remove a checkpoint, a file or a folder, at a path or URL; it may be gone already."""
+    place = Folder.at(path)
+    if place.local and Path(place.path).is_symlink():
+        Path(place.path).unlink()
+        return
+    place.remove_all()
+
+
+def remove_parts(folder: Folder, before: float) -> None:
+    """Remove the unfinished files of writers that died."""
+    if not folder.local:
+        return  # elsewhere an object appears when it is whole
+    for part in Path(folder.path).glob(".*.part"):
+        if part.stat().st_mtime < before:
+            part.unlink(missing_ok=True)
+
+
+def process_start() -> float:
+    """When this process began, in seconds since 1970: what is older and not committed never will be.
+
+    Not when a store was opened: another store of this process may be writing into the same folder.
+    """
+    # Field 22 of /proc/pid/stat (proc(5)), counted after the name, which may hold anything but ends with ")".
+    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + ticks / os.sysconf("SC_CLK_TCK")
