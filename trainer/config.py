@@ -1,17 +1,29 @@
-"""The Trainer's arguments, checked once into one frozen value."""
+"""The Trainer's arguments: named, documented and checked once, here."""
 
 from __future__ import annotations
 
+import ast
 import math
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from inspect import Parameter, signature
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from trainer.errors import ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
     from pathlib import Path
+
+    from trainer.callbacks import Callback
+    from trainer.loggers import Logger
+    from trainer.parallel import Parallel
+    from trainer.profilers import Profiler
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 # Arguments that Lightning had once, and what says the same today.
 REMOVED = {
@@ -61,218 +73,265 @@ REMOVED = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Config:
-    """What the Trainer was told. Every combination that exists is allowed; the others end in a ConfigError."""
+    """What the Trainer was told, checked. Every combination that exists is allowed; the others end in a ConfigError.
 
-    accelerator: str
-    strategy: Any
-    devices: Any
-    num_nodes: int
-    precision: Any
-    logger: Any
-    callbacks: Any
-    fast_dev_run: int
+    Its fields are the arguments of `Trainer(...)`. None stands for an argument's default; afterwards only those
+    whose default is None are None.
+
+    accelerator: "auto", "cpu", "gpu" or "cuda", "mps".
+    strategy: "auto", "ddp", "fsdp", ..., or an object of `trainer.parallel`.
+    devices: per node: a number, a list or "0,2" of indices, -1 or "auto". Ranks are started by `launch` or another
+        launcher; here it says what is expected of it.
+    num_nodes: how many nodes are expected.
+    precision: "32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true".
+    logger: a logger or several, True (TensorBoard's) or False.
+    callbacks: a callback or several.
+    fast_dev_run: so many batches of everything (True: 1), without loggers and checkpoints.
+    max_epochs: 1000 unless max_steps or max_time says otherwise; -1: no limit. min_epochs, min_steps: early stopping
+        waits for them. max_steps: optimizer steps; -1: no limit.
+    max_time: "DD:HH:MM:SS", a timedelta, or its keyword arguments.
+    limit_*_batches: an int (batches) or a float (part of the loader), per rank, from its start.
+    overfit_batches: the same for training and validation, unshuffled, the same batches in every epoch.
+    val_check_interval: a float (part of an epoch), an int (batches) or a duration (as max_time).
+    check_val_every_n_epoch: None: val_check_interval counts batches across epochs.
+    num_sanity_val_steps: batches of validation before training, 2 by default; -1: all.
+    log_every_n_steps: 50 by default; 0: never.
+    enable_checkpointing, enable_progress_bar, enable_model_summary: whether the callbacks for it are there by default.
+    accumulate_grad_batches: batches per optimizer step.
+    gradient_clip_val: None or 0: no clipping. gradient_clip_algorithm: "norm" (default) or "value".
+    deterministic: True, False, "warn"; None leaves torch's setting. benchmark: cuDNN's.
+    inference_mode: evaluate under torch.inference_mode rather than no_grad.
+    use_distributed_sampler: whether the ranks share the samples among them; False: each takes all its loader gives.
+    profiler: "simple", "advanced", "pytorch", or a Profiler.
+    detect_anomaly: torch's anomaly detection in training.
+    barebones: nothing but the loop, for measuring.
+    sync_batchnorm: BatchNorm over all ranks.
+    reload_dataloaders_every_n_epochs: 0: never.
+    default_root_dir: where logs and checkpoints go: the run folder, else the current one, by default.
+    enable_autolog_hparams: whether loggers get what save_hyperparameters kept.
+    """
+
+    accelerator: str = "auto"
+    strategy: str | Parallel = "auto"
+    devices: int | str | list[int] = "auto"
+    num_nodes: int = 1
+    precision: str | int | None = None
+    logger: Logger | Iterable[Logger] | bool | None = None
+    callbacks: list[Callback] | Callback | None = None
+    fast_dev_run: int | bool = False
+    max_epochs: int | None = None
+    min_epochs: int | None = None
+    max_steps: int = -1
+    min_steps: int | None = None
+    max_time: str | timedelta | dict[str, int] | None = None
+    limit_train_batches: int | float | None = None
+    limit_val_batches: int | float | None = None
+    limit_test_batches: int | float | None = None
+    limit_predict_batches: int | float | None = None
+    overfit_batches: int | float = 0.0
+    val_check_interval: int | float | str | timedelta | dict[str, int] | None = None
+    check_val_every_n_epoch: int | None = 1
+    num_sanity_val_steps: int | None = None
+    log_every_n_steps: int | None = None
+    enable_checkpointing: bool | None = None
+    enable_progress_bar: bool | None = None
+    enable_model_summary: bool | None = None
+    accumulate_grad_batches: int = 1
+    gradient_clip_val: int | float | None = None
+    gradient_clip_algorithm: str | None = None
+    deterministic: bool | str | None = None
+    benchmark: bool | None = None
+    inference_mode: bool = True
+    use_distributed_sampler: bool = True
+    profiler: Profiler | str | None = None
+    detect_anomaly: bool = False
+    barebones: bool = False
+    sync_batchnorm: bool = False
+    reload_dataloaders_every_n_epochs: int = 0
+    default_root_dir: str | Path | None = None
+    enable_autolog_hparams: bool = True
+
+    # Seconds between validations where val_check_interval is a duration.
+    val_check_seconds: float | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        if self.barebones:
+            self._set(**_barebones(self))
+        _require(int(self.fast_dev_run) >= 0, "fast_dev_run", self.fast_dev_run, "True, False or a number of batches")
+        self._set(fast_dev_run=int(self.fast_dev_run))
+        if runs := self.fast_dev_run:
+            self._set(limit_train_batches=runs, limit_val_batches=runs, limit_test_batches=runs,
+                      limit_predict_batches=runs, max_epochs=1, max_steps=runs, num_sanity_val_steps=0,
+                      val_check_interval=1.0, check_val_every_n_epoch=1, enable_checkpointing=False,
+                      overfit_batches=0.0)  # fmt: skip
+        _require_fraction("overfit_batches", self.overfit_batches)
+        if self.overfit_batches:
+            self._set(limit_train_batches=self.overfit_batches, limit_val_batches=self.overfit_batches)
+        if self.max_epochs is None:
+            self._set(max_epochs=-1 if self.max_steps != -1 or self.max_time is not None else 1000)
+        for name, default in _WHERE_NONE.items():
+            if getattr(self, name) is None:
+                self._set(**{name: default})
+        for name in ("limit_train_batches", "limit_val_batches", "limit_test_batches", "limit_predict_batches"):
+            _require_fraction(name, getattr(self, name))
+        for name, minimum in _COUNTS.items():
+            _require_count(name, getattr(self, name), minimum=minimum, optional=name in _OPTIONAL)
+        if self.num_sanity_val_steps == -1:
+            self._set(num_sanity_val_steps=math.inf)
+        self._check_val_interval()
+        self._check_clipping()
+        _require(self.deterministic in (None, True, False, "warn"), "deterministic", self.deterministic,
+                 "True, False, 'warn', None")  # fmt: skip
+        _require(
+            isinstance(self.accelerator, str), "accelerator", self.accelerator, "'auto', 'cpu', 'gpu', 'cuda', 'mps'"
+        )
+        if self.default_root_dir is not None:
+            self._set(default_root_dir=str(self.default_root_dir))
+
+    def _set(self, **values: Any) -> None:
+        """Write a field while the value is made."""
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    def _check_val_interval(self) -> None:
+        interval, every = self.val_check_interval, self.check_val_every_n_epoch
+        if isinstance(interval, (str, timedelta, Mapping)):
+            self._set(val_check_seconds=parse_duration("val_check_interval", interval), val_check_interval=1.0)
+        elif interval is None:
+            if every is None:
+                raise ConfigError(
+                    "check_val_every_n_epoch=None needs val_check_interval: a number of batches or a time."
+                )
+            self._set(val_check_interval=1.0)
+        elif isinstance(interval, float):
+            _require(0.0 <= interval <= 1.0, "val_check_interval", interval,
+                     "a fraction of an epoch in [0.0, 1.0], an int (batches) or a duration")  # fmt: skip
+            if every is None:
+                raise ConfigError(
+                    f"val_check_interval={interval} is a fraction of an epoch, but check_val_every_n_epoch=None "
+                    "counts batches across epochs: pass an int or a duration."
+                )
+        else:
+            _require_count("val_check_interval", interval, minimum=1)
+
+    def _check_clipping(self) -> None:
+        value, algorithm = self.gradient_clip_val, self.gradient_clip_algorithm
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise ConfigError(f"gradient_clip_val={value!r} must be a number or None.")
+        if isinstance(algorithm, str):
+            algorithm = algorithm.lower()
+        _require(algorithm in (None, "norm", "value"), "gradient_clip_algorithm", self.gradient_clip_algorithm,
+                 "'norm' (default), 'value'")  # fmt: skip
+        self._set(gradient_clip_val=float(value) if value and value > 0 else None, gradient_clip_algorithm=algorithm)
+
+
+class Adjustable:
+    """The part of the Config that users and callbacks may change on the Trainer while it runs."""
+
     max_epochs: int | None
     min_epochs: int | None
     max_steps: int
     min_steps: int | None
-    max_time: Any
     limit_train_batches: float
     limit_val_batches: float
     limit_test_batches: float
     limit_predict_batches: float
     overfit_batches: float
     val_check_interval: float
-    val_check_seconds: float | None
     check_val_every_n_epoch: int | None
     num_sanity_val_steps: float
     log_every_n_steps: int
-    enable_checkpointing: bool
-    enable_progress_bar: bool
-    enable_model_summary: bool
     accumulate_grad_batches: int
     gradient_clip_val: float | None
     gradient_clip_algorithm: str | None
-    deterministic: bool | str | None
-    benchmark: bool | None
-    inference_mode: bool
-    use_distributed_sampler: bool
-    profiler: Any
-    detect_anomaly: bool
-    barebones: bool
-    sync_batchnorm: bool
     reload_dataloaders_every_n_epochs: int
-    default_root_dir: str | None
-    enable_autolog_hparams: bool
+    fast_dev_run: int
+    barebones: bool
+
+    def __init__(self, config: Config) -> None:
+        for name in Adjustable.__annotations__:
+            setattr(self, name, getattr(config, name))
 
 
-def check(
-    *,
-    accelerator: str = "auto",
-    strategy: Any = "auto",
-    devices: Any = "auto",
-    num_nodes: int = 1,
-    precision: Any = None,
-    logger: Any = None,
-    callbacks: Any = None,
-    fast_dev_run: int | bool = False,
-    max_epochs: int | None = None,
-    min_epochs: int | None = None,
-    max_steps: int = -1,
-    min_steps: int | None = None,
-    max_time: Any = None,
-    limit_train_batches: float | None = None,
-    limit_val_batches: float | None = None,
-    limit_test_batches: float | None = None,
-    limit_predict_batches: float | None = None,
-    overfit_batches: float = 0.0,
-    val_check_interval: Any = None,
-    check_val_every_n_epoch: int | None = 1,
-    num_sanity_val_steps: int | None = None,
-    log_every_n_steps: int | None = None,
-    enable_checkpointing: bool | None = None,
-    enable_progress_bar: bool | None = None,
-    enable_model_summary: bool | None = None,
-    accumulate_grad_batches: int = 1,
-    gradient_clip_val: float | None = None,
-    gradient_clip_algorithm: str | None = None,
-    deterministic: bool | str | None = None,
-    benchmark: bool | None = None,
-    inference_mode: bool = True,
-    use_distributed_sampler: bool = True,
-    profiler: Any = None,
-    detect_anomaly: bool = False,
-    barebones: bool = False,
-    sync_batchnorm: bool = False,
-    reload_dataloaders_every_n_epochs: int = 0,
-    default_root_dir: str | Path | None = None,
-    enable_autolog_hparams: bool = True,
-    **unknown: Any,
-) -> Config:
-    """Turn the arguments of `Trainer(...)` into a Config.
+# What an argument that was given as None, or not at all, is.
+_WHERE_NONE = {
+    "precision": "32-true", "logger": True, "limit_train_batches": 1.0, "limit_val_batches": 1.0,
+    "limit_test_batches": 1.0, "limit_predict_batches": 1.0, "num_sanity_val_steps": 2, "log_every_n_steps": 50,
+    "enable_checkpointing": True, "enable_progress_bar": True, "enable_model_summary": True,
+}  # fmt: skip
+# The least that a count may be.
+_COUNTS = {
+    "max_epochs": -1, "min_epochs": 0, "max_steps": -1, "min_steps": 0, "num_nodes": 1, "accumulate_grad_batches": 1,
+    "reload_dataloaders_every_n_epochs": 0, "check_val_every_n_epoch": 1, "log_every_n_steps": 0,
+    "num_sanity_val_steps": -1,
+}  # fmt: skip
+_OPTIONAL = ("min_epochs", "min_steps", "check_val_every_n_epoch")
+_BAREBONES_OFF = (
+    "enable_checkpointing", "logger", "enable_progress_bar", "log_every_n_steps", "enable_model_summary",
+    "num_sanity_val_steps", "fast_dev_run", "detect_anomaly", "profiler",
+)  # fmt: skip
 
-    Raises:
-        ConfigError: a value is not allowed, contradicts another, or the argument does not exist (any more).
+
+def _barebones(config: Config) -> dict[str, Any]:
+    for name in _BAREBONES_OFF:
+        if value := getattr(config, name):
+            raise ConfigError(f"Trainer(barebones=True, {name}={value!r}): barebones switches {name} off.")
+    return {
+        "enable_checkpointing": False, "logger": False, "enable_progress_bar": False, "enable_model_summary": False,
+        "log_every_n_steps": 0, "num_sanity_val_steps": 0,
+    }  # fmt: skip
+
+
+def configured(
+    config: Callable[P, Config],
+) -> Callable[[Callable[[T, Config], None]], Callable[Concatenate[T, P], None]]:
+    """Give an `__init__(self, config)` the arguments of Config in place of the Config.
+
+    So the arguments stand in one place, and editors and type checkers see them where they are used.
     """
-    for name in unknown:
-        if name in REMOVED:
-            raise ConfigError(f"Trainer({name}=...) does not exist any more. Today: {REMOVED[name]}.")
-        raise ConfigError(f"Trainer has no argument {name!r}. Allowed: {', '.join(Config.__dataclass_fields__)}.")
 
-    if barebones:
-        asked = {
-            "enable_checkpointing": enable_checkpointing, "logger": logger,
-            "enable_progress_bar": enable_progress_bar, "log_every_n_steps": log_every_n_steps,
-            "enable_model_summary": enable_model_summary, "num_sanity_val_steps": num_sanity_val_steps,
-            "fast_dev_run": fast_dev_run, "detect_anomaly": detect_anomaly, "profiler": profiler,
-        }  # fmt: skip
-        for name, value in asked.items():
-            if value:
-                raise ConfigError(f"Trainer(barebones=True, {name}={value!r}): barebones switches {name} off.")
-        enable_checkpointing = logger = enable_progress_bar = enable_model_summary = False
-        log_every_n_steps = num_sanity_val_steps = 0
+    def decorate(init: Callable[[T, Config], None]) -> Callable[Concatenate[T, P], None]:
+        def accept(self: T, /, *args: P.args, **kwargs: P.kwargs) -> None:
+            if args:
+                raise ConfigError(f"Trainer({args[0]!r}, ...): all arguments are keywords, e.g. max_epochs=10.")
+            for name in kwargs:
+                _require_known(name)
+            for name, value in _from_environment().items():
+                kwargs.setdefault(name, value)
+            init(self, config(*args, **kwargs))
 
-    runs = int(fast_dev_run)
-    _require(runs >= 0, "fast_dev_run", fast_dev_run, "True, False or a number of batches")
-    if runs:
-        limit_train_batches = limit_val_batches = limit_test_batches = limit_predict_batches = runs
-        max_epochs, max_steps, num_sanity_val_steps, val_check_interval = 1, runs, 0, 1.0
-        check_val_every_n_epoch, enable_checkpointing, overfit_batches = 1, False, 0.0
-    _require_fraction("overfit_batches", overfit_batches)
-    if overfit_batches:
-        limit_train_batches = limit_val_batches = overfit_batches
-    limits = {}
-    for name, value in (
-        ("limit_train_batches", limit_train_batches), ("limit_val_batches", limit_val_batches),
-        ("limit_test_batches", limit_test_batches), ("limit_predict_batches", limit_predict_batches),
-    ):  # fmt: skip
-        limits[name] = 1.0 if value is None else value
-        _require_fraction(name, limits[name])
+        own, given = Parameter("self", Parameter.POSITIONAL_ONLY), signature(config)
+        accept.__signature__ = given.replace(parameters=[own, *given.parameters.values()])  # type: ignore[attr-defined]
+        accept.__name__, accept.__doc__ = init.__name__, config.__doc__
+        return accept
 
-    _require_count("max_epochs", max_epochs, minimum=-1, optional=True)
-    _require_count("min_epochs", min_epochs, minimum=0, optional=True)
-    _require_count("max_steps", max_steps, minimum=-1)
-    _require_count("min_steps", min_steps, minimum=0, optional=True)
-    if max_epochs is None:
-        max_epochs = -1 if max_steps != -1 or max_time is not None else 1000
-    _require_count("num_nodes", num_nodes, minimum=1)
-    _require_count("accumulate_grad_batches", accumulate_grad_batches, minimum=1)
-    _require_count("reload_dataloaders_every_n_epochs", reload_dataloaders_every_n_epochs, minimum=0)
-    _require_count("check_val_every_n_epoch", check_val_every_n_epoch, minimum=1, optional=True)
-    log_every_n_steps = 50 if log_every_n_steps is None else log_every_n_steps
-    _require_count("log_every_n_steps", log_every_n_steps, minimum=0)
-    sanity = 2 if num_sanity_val_steps is None else num_sanity_val_steps
-    _require_count("num_sanity_val_steps", sanity, minimum=-1)
+    return decorate
 
-    seconds = None
-    if isinstance(val_check_interval, (str, timedelta, Mapping)):
-        seconds, val_check_interval = parse_duration("val_check_interval", val_check_interval), 1.0
-    elif val_check_interval is None:
-        val_check_interval = 1.0
-        if check_val_every_n_epoch is None:
-            raise ConfigError("check_val_every_n_epoch=None needs val_check_interval: a number of batches or a time.")
-    elif isinstance(val_check_interval, float):
-        _require(0.0 <= val_check_interval <= 1.0, "val_check_interval", val_check_interval,
-                 "a fraction of an epoch in [0.0, 1.0], an int (batches) or a duration")  # fmt: skip
-        if check_val_every_n_epoch is None and not runs:
-            raise ConfigError(
-                f"val_check_interval={val_check_interval} is a fraction of an epoch, but check_val_every_n_epoch=None "
-                "counts batches across epochs: pass an int or a duration."
-            )
-    else:
-        _require_count("val_check_interval", val_check_interval, minimum=1)
 
-    if gradient_clip_val is not None and (
-        isinstance(gradient_clip_val, bool) or not isinstance(gradient_clip_val, (int, float))
-    ):
-        raise ConfigError(f"gradient_clip_val={gradient_clip_val!r} must be a number or None.")
-    algorithm = gradient_clip_algorithm.lower() if isinstance(gradient_clip_algorithm, str) else gradient_clip_algorithm
-    _require(algorithm in (None, "norm", "value"), "gradient_clip_algorithm", gradient_clip_algorithm,
-             "'norm' (default), 'value'")  # fmt: skip
-    _require(deterministic in (None, True, False, "warn"), "deterministic", deterministic, "True, False, 'warn', None")
-    _require(isinstance(accelerator, str), "accelerator", accelerator, "'auto', 'cpu', 'gpu', 'cuda', 'mps'")
+def _arguments() -> list[str]:
+    return [f.name for f in fields(Config) if f.init]
 
-    checkpointing = True if enable_checkpointing is None else enable_checkpointing
-    return Config(
-        accelerator=accelerator,
-        strategy=strategy,
-        devices=devices,
-        num_nodes=num_nodes,
-        precision="32-true" if precision is None else precision,
-        logger=True if logger is None else logger,
-        callbacks=callbacks,
-        fast_dev_run=runs,
-        max_epochs=max_epochs,
-        min_epochs=min_epochs,
-        max_steps=max_steps,
-        min_steps=min_steps,
-        max_time=max_time,
-        overfit_batches=overfit_batches,
-        val_check_interval=val_check_interval,
-        val_check_seconds=seconds,
-        check_val_every_n_epoch=check_val_every_n_epoch,
-        num_sanity_val_steps=math.inf if sanity == -1 else sanity,
-        log_every_n_steps=log_every_n_steps,
-        enable_checkpointing=checkpointing,
-        enable_progress_bar=True if enable_progress_bar is None else enable_progress_bar,
-        enable_model_summary=True if enable_model_summary is None else enable_model_summary,
-        accumulate_grad_batches=accumulate_grad_batches,
-        gradient_clip_val=None if not gradient_clip_val or gradient_clip_val <= 0 else float(gradient_clip_val),
-        gradient_clip_algorithm=algorithm,
-        deterministic=deterministic,
-        benchmark=benchmark,
-        inference_mode=inference_mode,
-        use_distributed_sampler=use_distributed_sampler,
-        profiler=profiler,
-        detect_anomaly=detect_anomaly,
-        barebones=barebones,
-        sync_batchnorm=sync_batchnorm,
-        reload_dataloaders_every_n_epochs=reload_dataloaders_every_n_epochs,
-        default_root_dir=None if default_root_dir is None else str(default_root_dir),
-        enable_autolog_hparams=enable_autolog_hparams,
-        **limits,
-    )
+
+def _require_known(name: str) -> None:
+    if name in REMOVED:
+        raise ConfigError(f"Trainer({name}=...) does not exist any more. Today: {REMOVED[name]}.")
+    if name not in _arguments():
+        raise ConfigError(f"Trainer has no argument {name!r}. Allowed: {', '.join(_arguments())}.")
+
+
+def _from_environment() -> dict[str, Any]:
+    """Arguments from PL_TRAINER_<NAME>, which Lightning reads too; what the script itself says wins."""
+    found = {}
+    for name in _arguments():
+        text = os.environ.get(f"PL_TRAINER_{name.upper()}")
+        if text is not None:
+            try:
+                found[name] = ast.literal_eval(text)
+            except (ValueError, SyntaxError):
+                found[name] = text
+    return found
 
 
 def _require(allowed: bool, name: str, value: Any, what: str) -> None:

@@ -65,13 +65,13 @@ class Hooks:
             for callback in chosen:
                 if overridden(callback, name, Callback):
                     function = getattr(callback, name)
-                    found.append(_timed(function, f"[Callback]{type(callback).__name__}.{name}", profiler))
+                    found.append(timed(function, f"[Callback]{type(callback).__name__}.{name}", profiler))
             return found
 
         def of_module(name: str) -> Callable[..., Any] | None:
             if not overridden(module, name, Base):
                 return None
-            return _timed(getattr(module, name), f"[Module]{type(module).__name__}.{name}", profiler)
+            return timed(getattr(module, name), f"[Module]{type(module).__name__}.{name}", profiler)
 
         def bind(name: str, chosen: Sequence[Any], own: Callable[..., Any] | None) -> Callable[..., Any] | None:
             return _bind(name, of_callbacks(name, chosen), own, trainer, module, metrics)
@@ -97,15 +97,16 @@ class Hooks:
         raise AttributeError(f"there is no hook {name!r}")
 
 
-def _timed(function: Callable[..., Any], action: str, profiler: Any) -> Callable[..., Any]:
+def timed(function: Callable[..., Any], action: str, profiler: Any) -> Callable[..., Any]:
+    """The function with its calls timed under `action`; itself without a profiler."""
     if profiler is None:
         return function
 
-    def timed(*args: Any, **kwargs: Any) -> Any:
+    def with_profiler(*args: Any, **kwargs: Any) -> Any:
         with profiler.profile(action):
             return function(*args, **kwargs)
 
-    return timed
+    return with_profiler
 
 
 def _bind(

@@ -29,6 +29,7 @@ from trainer.errors import ModuleError
 from trainer.optimizers import parameters_of
 from trainer.progress import TRAIN, VALIDATE
 from trainer.ranks import rank_zero_info, rank_zero_warn
+from trainer.seed import rng_state
 from trainer.state import RunningStage, TrainerFn
 from trainer.stop import LAST
 
@@ -90,6 +91,8 @@ class Fit:
     last_validation: float = 0.0
     # The random state at the start of a validation, which a broken-off one starts from again.
     validation_rng: Any = None
+    # What a resumed rank still has to take back before its first batch.
+    resumed_rank_state: dict[str, Any] | None = None
     warned: set[str] = field(default_factory=set)
 
 
@@ -161,7 +164,7 @@ def train_epoch(run: Fit) -> None:
     """One epoch, from wherever `state` says, to its end or to a limit."""
     trainer, state, hooks, metrics, feed = run.trainer, run.state, run.hooks, run.metrics, run.feed
     agreement, signals, page = run.agreement, run.signals, run.page
-    trainer.prepare_epoch(run)
+    trainer.data.prepare_epoch(run)
     if state.resume_at == "epoch_end":
         end_epoch(run)
         return
@@ -467,7 +470,7 @@ def after_batch(run: Fit, is_last: bool) -> bool:
     if state.resume_at in ("", "batch_end"):
         log_every = trainer.log_every_n_steps
         if stepped and log_every and ((state.logger_step + 1) % log_every == 0 or state.should_stop):
-            trainer.report_step()
+            trainer.reports.step()
         stopping = state.should_stop and may_stop(run)
         due = bool(run.validate_every) and (_validation_is_due(run, is_last) or stopping)
         if run.validate_seconds is not None:
@@ -484,7 +487,7 @@ def after_batch(run: Fit, is_last: bool) -> bool:
                 hooks.on_validation_model_zero_grad()
             else:
                 run.module.zero_grad()
-        run.validation_rng = trainer.rng_state()
+        run.validation_rng = rng_state()
         trainer.state.stage = RunningStage.VALIDATING
         evaluate(run.validation)
         trainer.state.stage = RunningStage.TRAINING
@@ -514,7 +517,7 @@ def end_epoch(run: Fit) -> None:
             hooks.on_train_epoch_end()
             metrics.epoch_report(("on_train_epoch_end",))
         # Before the callbacks that may save, so that the row is written once however often the run is resumed.
-        trainer.report_epoch()
+        trainer.reports.epoch()
         state.resume_at = "epoch_end"
         if hooks.on_train_epoch_end_monitoring is not None:
             hooks.on_train_epoch_end_monitoring()
@@ -525,7 +528,7 @@ def end_epoch(run: Fit) -> None:
     state.batch = 0
     state.position = []
     state.resume_at = ""
-    trainer.after_epoch(run)
+    trainer.saves.after_epoch()
 
 
 # ----------------------------------------------------------------------------------------------- evaluation
@@ -559,7 +562,7 @@ def evaluate(run: Evaluation) -> list[dict[str, float]]:
             _call(metrics, hooks, epoch_end)
             results += metrics.epoch_report((epoch_end,), keep=not trainer.sanity_checking)
         if not trainer.sanity_checking:
-            trainer.report_evaluation({e.names(on_step=False)[1]: v for e, v in results if e.logger})
+            trainer.reports.evaluation({e.names(on_step=False)[1]: v for e, v in results if e.logger})
             if trainer.state.fn is TrainerFn.FITTING:
                 trainer.train_state.resume_at = "validation_end"
         _call(metrics, hooks, f"on_{name}_end")
@@ -615,7 +618,7 @@ def _evaluate_loader(run: Evaluation, number: int) -> None:
         if after is not None:
             after(output, batch, index, *rest)
         if not trainer.sanity_checking:
-            trainer.report_evaluation_step(index)
+            trainer.reports.evaluation_step(index)
         if run.page is not None:
             run.page.step(trainer.train_state.global_step, VALIDATE, trainer.train_state.epoch)
         if agreement.stop_here(base + index + 1):

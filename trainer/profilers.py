@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Iterator
 
-__all__ = ["AdvancedProfiler", "PassThroughProfiler", "Profiler", "PyTorchProfiler", "SimpleProfiler"]
+__all__ = ["AdvancedProfiler", "PassThroughProfiler", "Profiler", "PyTorchProfiler", "SimpleProfiler", "make_profiler"]
 
 
 class Profiler(ABC):
@@ -294,3 +294,21 @@ def _has_cuda() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+def make_profiler(profiler: Profiler | str | None) -> Profiler | None:
+    """The profiler by name, the given object, or None.
+
+    Raises:
+        ConfigError: there is no profiler of that name.
+    """
+    if not isinstance(profiler, str):
+        return profiler
+    known: dict[str, type[Profiler]] = {
+        "simple": SimpleProfiler,
+        "advanced": AdvancedProfiler,
+        "pytorch": PyTorchProfiler,
+    }
+    if profiler.lower() not in known:
+        raise ConfigError(f"profiler={profiler!r}. Allowed: {', '.join(known)}, or a Profiler object.")
+    return known[profiler.lower()]()

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.errors import CheckpointError, ConfigError
 from trainer.ranks import rank_zero_warn
+from trainer.seed import rng_state, set_rng_state
 
 if TYPE_CHECKING:
+    from trainer.loop import Fit
     from trainer.trainer import Trainer
 
 FORMAT = 1
@@ -133,8 +135,8 @@ def capture(trainer: Trainer, *, weights_only: bool = False) -> tuple[dict[str, 
         shared["lr_schedulers"] = [c.scheduler.state_dict() for c in trainer.lr_scheduler_configs]
         shared["precision"] = trainer.precision_object.state_dict()
         shared["callbacks"] = callback_states(trainer)
-        shared["rows"] = trainer.rows_of_step()
-        own = trainer.rank_state()
+        shared["rows"] = trainer.reports.rows_of_step()
+        own = rank_state(trainer)
         for callback in trainer.callbacks:
             callback.on_save_checkpoint(trainer, module, shared)
     module.on_save_checkpoint(shared)
@@ -243,6 +245,37 @@ def _lightning_progress(checkpoint: dict[str, Any]) -> dict[str, Any]:
     return {
         "epoch": epoch, "batches": batches, "global_step": step, "logger_step": logger_step, "accumulate": accumulate,
     }  # fmt: skip
+
+
+def rank_state(trainer: Trainer) -> dict[str, Any]:
+    """What this rank has for itself: random state, the epoch's half-reduced values, its loaders' state."""
+    run = trainer.fit_run
+    if run is None:
+        return {}
+    broken_off = run.state.resume_at == "validation" and run.validation_rng is not None
+    state: dict[str, Any] = {
+        "rng": run.validation_rng if broken_off else rng_state(),
+        "metrics": run.metrics.state_dict(),
+        "torchmetrics": metric_states(run.module),
+        "feed": run.feed.state_dict(),
+    }
+    if run.module.automatic_optimization and run.state.batch % run.state.accumulate:
+        # In the middle of an accumulation window the gradients so far are state; DDP has not exchanged them yet.
+        state["gradients"] = {n: p.grad for n, p in run.module.named_parameters() if p.grad is not None}
+    return state
+
+
+def restore_rank(run: Fit, state: dict[str, Any]) -> None:
+    """Put back what `rank_state` returned; {} leaves a rank that has no state of its own as it is."""
+    if "metrics" in state:
+        run.metrics.load_state_dict(state["metrics"])
+        load_metric_states(run.module, state.get("torchmetrics", {}))
+    if state.get("feed"):
+        run.feed.load_state_dict(state["feed"])
+    for name, gradient in state.get("gradients", {}).items():
+        run.module.get_parameter(name).grad = gradient.to(run.world.device)
+    if state.get("rng") is not None:
+        set_rng_state(state["rng"])
 
 
 def metric_states(module: Any) -> dict[str, Any]:

@@ -18,7 +18,7 @@ class Net(Module):
         self.seen = []
 
     def training_step(self, batch, index):
-        if self.trainer.train_dataloader is not None and self.trainer._fit.feed.weight:
+        if self.trainer.train_dataloader is not None and self.trainer.fit_run.feed.weight:
             self.seen += batch.flatten().tolist()
         return self.layer(batch).square().mean()
 

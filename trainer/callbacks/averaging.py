@@ -312,7 +312,7 @@ class StochasticWeightAveraging(Callback):
             layer.reset_running_stats()
             layer.momentum = None  # a plain mean over all batches
         # What the step logs in this pass goes into a section of its own, which is never reported.
-        metrics = trainer._metrics
+        metrics = trainer.metrics
         assert metrics is not None
         hook = metrics.hook
         metrics.enter("batch_norm")

@@ -45,7 +45,7 @@ def arrange(config: Config, trainer: Trainer) -> list[Any]:
 
 
 def _add(
-    chosen: list[Any], kind: type[Callback], default: type[Callback], enabled: bool, flag: str, trainer: Trainer
+    chosen: list[Any], kind: type[Callback], default: type[Callback], enabled: bool | None, flag: str, trainer: Trainer
 ) -> None:
     given = [c for c in chosen if isinstance(c, kind)]
     if given and not enabled and not trainer.fast_dev_run:
