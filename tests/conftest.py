@@ -188,6 +188,7 @@ class Gang:
                     "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n),
                     "GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
                     "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO),
+                    "PYTHONFAULTHANDLER": "1",  # a rank that aborts says where
                 } | (env or {})  # fmt: skip
                 streams = [open(self.folder / f"gang{self.count}-{rank}.{kind}", "w+") for kind in ("out", "err")]
                 ranks.append(
