@@ -52,11 +52,14 @@ class CombinedLoader:
         return sum(lengths) if self.mode == "sequential" else (min if self.mode == "min_size" else max)(lengths)
 
 
-def _together(starts: list[Any], mode: str) -> Iterator[list[Any]]:
-    """One item of each at a time. starts: functions that begin an iteration, given how often it was begun before."""
+def _together(starts: list[Any], mode: str, ended: list[bool] | None = None) -> Iterator[list[Any]]:
+    """One item of each at a time. starts: functions that begin an iteration, given how often it was begun before.
+
+    ended: which have come to their end before, in the part of the epoch that an earlier process went through.
+    """
     iterators = [start(0) for start in starts]
     cycles = [0] * len(starts)
-    ended = [False] * len(starts)
+    ended = ended or [False] * len(starts)
     while True:
         parts: list[Any] = []
         for i in range(len(starts)):
@@ -92,6 +95,16 @@ class CombinedFeed:
     def __len__(self) -> int:
         return (min if self.mode == "min_size" else max)(len(f) for f in self.feeds)
 
+    def batches_done(self, position: Any) -> int:
+        """How many of the epoch's `len` batches are over at a position that any number of ranks reached."""
+        # A loader that was begun again came to its end before: it does not say when the epoch ends.
+        left = [
+            len(feed) - feed.batches_done(consumed)
+            for feed, (cycle, consumed) in zip(self.feeds, position or [(0, 0)] * len(self.feeds), strict=True)
+            if not cycle
+        ]
+        return len(self) - (min if self.mode == "min_size" else max)(left)
+
     def batches(self, epoch: int, consumed: Any) -> Iterator[Any]:
         """One epoch from where `position` (a pair of cycle and samples per loader) says."""
         where = [list(p) for p in consumed] if consumed else [[0, 0] for _ in self.feeds]
@@ -110,8 +123,9 @@ class CombinedFeed:
 
             return begin
 
-        for parts in _together([start(i, f) for i, f in enumerate(self.feeds)], self.mode):
-            self.weight = min(f.weight for f in self.feeds)
+        ended = [cycle > 0 for cycle, _ in where]
+        for parts in _together([start(i, f) for i, f in enumerate(self.feeds)], self.mode, ended):
+            self.weight = min(f.weight for f, part in zip(self.feeds, parts, strict=True) if part is not None)
             self.position = [list(p) for p in where]
             yield tree_unflatten(parts, self.spec)
 

@@ -470,13 +470,13 @@ class _StreamFeed(Feed):
             raise DataError(
                 f"The run stopped after {consumed} batches of a {type(loader).__name__} whose state was saved by each "
                 "rank for itself, and this rank has none: the number of ranks has changed. Resume with the same "
-                "number, or from a checkpoint of an epoch's end."
+                "number, or begin the epoch anew: Trainer(resume='epoch')."
             )
         elif consumed:
             raise DataError(
                 f"The run stopped after {consumed} batches of a {type(loader).__name__} that cannot say where it was. "
-                "Use torchdata's StatefulDataLoader, or give the loader state_dict() and load_state_dict(); to begin "
-                "the epoch anew instead, resume from a checkpoint of an epoch's end."
+                "Use torchdata's StatefulDataLoader, or give the loader state_dict() and load_state_dict(); or begin "
+                "the epoch anew, with the weights as they are: Trainer(resume='epoch')."
             )
         if not isinstance(loader, DataLoader):
             return _open(loader)

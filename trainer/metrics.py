@@ -9,8 +9,10 @@ so that ranks which logged different names get an error instead of mixed numbers
 from __future__ import annotations
 
 import hashlib
+import math
 import numbers
 from dataclasses import fields, is_dataclass
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,7 +62,7 @@ class Entry:
     """One logged name of one hook: how it is reported, and what has been seen of it in this epoch."""
 
     __slots__ = (
-        "add_suffix", "dataloader_idx", "dtype", "fresh", "hook", "label", "last", "logger", "metric", "name",
+        "add_suffix", "dataloader_idx", "dtype", "exact", "fresh", "hook", "label", "last", "logger", "metric", "name",
         "on_epoch", "on_step", "options", "pending", "pending_sizes", "prog_bar", "rank_zero_only", "reduce", "seen",
         "sync_epoch", "sync_step", "total", "weight",
     )  # fmt: skip
@@ -74,6 +76,7 @@ class Entry:
         options: tuple[Any, ...],
         *,
         double: bool = False,
+        exact: bool = False,
     ) -> None:
         self.hook = hook
         self.name = name
@@ -85,6 +88,8 @@ class Entry:
         self.sync_epoch = not zero_only and sync is not False
         self.sync_step = not zero_only and bool(sync)
         self.dtype = torch.float64 if double else torch.float32
+        # Sums are fractions, so that they do not depend on the order in which values come.
+        self.exact = exact
         # The torchmetrics object, which reduces by itself.
         self.metric: Any = None
         self.reset()
@@ -94,7 +99,7 @@ class Entry:
         # Whether anything was logged since the last reset, and since callbacks last looked.
         self.seen = self.fresh = False
         self.last: Any = None
-        self.total: float = {"min": float("inf"), "max": float("-inf")}.get(self.reduce, 0.0)
+        self.total: float | Fraction = {"min": math.inf, "max": -math.inf}.get(self.reduce, 0.0)
         self.weight: float = 0.0
         self.pending: list[Tensor] = []
         self.pending_sizes: list[float] = []
@@ -108,14 +113,20 @@ class Entry:
     def add(self, number: float, size: float) -> None:
         """Take one value into the epoch's reduction; a size of 0 is a padding rank's copy and does not count."""
         if self.reduce == "mean":
-            self.total += number * size
+            self._sum_up(number, size)
             self.weight += size
         elif size:
             self.weight = 1.0
             if self.reduce == "sum":
-                self.total += number
+                self._sum_up(number, 1.0)
             else:
                 self.total = min(self.total, number) if self.reduce == "min" else max(self.total, number)
+
+    def _sum_up(self, number: float, size: float) -> None:
+        if self.exact and math.isfinite(number) and (self.total == 0 or isinstance(self.total, Fraction)):
+            self.total += Fraction(number) * Fraction(size)
+        else:  # once there is an infinity or a nan the order makes no difference either
+            self.total = float(self.total) + number * size
 
     def drain(self) -> None:
         """Bring the values that wait on an accelerator into the running reduction: one wait for the device."""
@@ -132,11 +143,16 @@ class Metrics:
 
     The loop says where it is (`hook`, `batch`, `dataloader_idx`, `enter`), `log` records, and the three reports
     reduce. `callback_metrics`, `logged_metrics` and `progress_bar_metrics` are made when somebody reads them.
+
+    exact: epoch values have the same bits in whatever order, and on whatever ranks, their parts were logged.
     """
 
-    def __init__(self, world: World, module: torch.nn.Module) -> None:
+    def __init__(self, world: World, module: torch.nn.Module, *, exact: bool = False) -> None:
         self.world = world
         self._module = module
+        self._exact = exact
+        # Whether a value that is logged now is reported per step. Of a step that is run in several parts the first is.
+        self.keeps_steps = True
         self.hook: str | None = None
         self.dataloader_idx: int | None = None
         self.batch: Any = None
@@ -186,7 +202,8 @@ class Metrics:
         entry.seen = entry.fresh = self._unread = True
         if entry.metric is not None:
             entry.metric = value
-            entry.last = value._forward_cache
+            if self.keeps_steps:
+                entry.last = value._forward_cache
             return
         if isinstance(value, Tensor):
             if value.numel() != 1:
@@ -198,11 +215,11 @@ class Metrics:
                 self._log_on_device(entry, value, batch_size)
                 return
             value = value.item()
-        if entry.on_step:
+        if entry.on_step and self.keeps_steps:
             entry.last = value
         if entry.on_epoch:
             size = self._sample_count(entry, batch_size)
-            if entry.reduce == "mean":
+            if entry.reduce == "mean" and not entry.exact:
                 entry.total += value * size
                 entry.weight += size
             else:
@@ -215,7 +232,7 @@ class Metrics:
             value = value.full_tensor()
         # The copy keeps the number even if the caller goes on adding to its tensor in place.
         value = value.reshape(()).to(torch.float32 if value.dtype != torch.float64 else torch.float64, copy=True)
-        if entry.on_step:
+        if entry.on_step and self.keeps_steps:
             entry.last = value
         if entry.on_epoch:
             size = self._sample_count(entry, batch_size)
@@ -230,7 +247,7 @@ class Metrics:
         weight = 1.0 if self.feed is None or self.feed.weight else 0.0
         if batch_size is not None:
             return batch_size * weight
-        if entry.reduce != "mean" or self.batch is None:
+        if entry.reduce != "mean" or self.batch is None or not weight:
             return weight
         if self._measured is not self.batch:
             self._measured, self._size = self.batch, float(batch_size_of(self.batch))
@@ -268,6 +285,11 @@ class Metrics:
             raise LoggingError(f"self.log({name!r}, on_step=..., on_epoch=...): {hook}() can log on_epoch only.")
         if not by_step and not by_epoch:
             raise LoggingError(f"self.log({name!r}, on_step=False, on_epoch=False) would never be reported.")
+        if self._exact and by_step and sync:
+            raise LoggingError(
+                f"self.log({name!r}, sync_dist=True) per step is not possible with virtual_ranks: a step's value is "
+                "that of virtual rank 0. Leave sync_dist out, or log on_epoch only."
+            )
         label = f"{hook}:{name}" if dataloader_idx is None or not add_idx else f"{hook}:{name}:{dataloader_idx}"
         options = (prog_bar, logger is None or bool(logger), by_step, by_epoch, reduce, sync, add_idx, zero_only)
         for known in self._entries.values():
@@ -287,7 +309,7 @@ class Metrics:
             )
         double = (value.dtype if isinstance(value, Tensor) else torch.get_default_dtype()) == torch.float64
         # With add_dataloader_idx=False one entry serves all loaders; the user's name says which one it is.
-        entry = Entry(hook, name, dataloader_idx if add_idx else None, label, options, double=double)
+        entry = Entry(hook, name, dataloader_idx if add_idx else None, label, options, double=double, exact=self._exact)
         entry.metric = value if is_metric else None
         self._entries[key] = entry
         if by_step and not self.training:
@@ -381,7 +403,8 @@ class Metrics:
         results: dict[int, Tensor] = {}
         synced = [e for e in plain if e.sync_epoch]
         if self.world.size > 1:
-            ranks = self._exchange([e.label for e in synced], [x for e in synced for x in (e.total, e.weight)])
+            exchange: Any = self._exchange_exactly if self._exact else self._exchange
+            ranks = exchange([e.label for e in synced], [x for e in synced for x in (e.total, e.weight)])
             for place, entry in enumerate(synced):
                 parts = [(r[2 * place], r[2 * place + 1]) for r in ranks]
                 results[id(entry)] = _finish(entry, *_combine(entry.reduce, parts))
@@ -422,6 +445,13 @@ class Metrics:
                 mine.extend(rest)
             self._capacity = len(values)
         return found
+
+    def _exchange_exactly(self, labels: list[str], values: list[float | Fraction]) -> list[list[float | Fraction]]:
+        """The same for fractions, which no collective of numbers takes."""
+        ranks = self.world.gather((labels, values))
+        if any(other != labels for other, _ in ranks):
+            raise LoggingError(_different_names([other for other, _ in ranks]))
+        return [found for _, found in ranks]
 
     def _gather(self, values: list[float]) -> list[list[float]]:
         device = self.world.device
@@ -475,7 +505,7 @@ class Metrics:
     # --------------------------------------------------------------------------------- the checkpoint
 
     def state_dict(self) -> dict[str, Any]:
-        """The half-finished training epoch of this rank, and what callbacks could read."""
+        """The half-finished training epoch of this rank, and what callbacks, loggers and bars could read."""
         entries = []
         for entry in {id(e): e for e in self._sections["train"].values()}.values():
             if not entry.seen or (entry.metric is not None and self._path_of(entry.metric) is None):
@@ -483,28 +513,52 @@ class Metrics:
             entry.drain()
             entries.append({
                 "hook": entry.hook, "name": entry.name, "label": entry.label, "options": list(entry.options),
-                "double": entry.dtype == torch.float64, "total": entry.total, "weight": entry.weight,
+                "double": entry.dtype == torch.float64, "weight": entry.weight,
+                "total": str(entry.total) if isinstance(entry.total, Fraction) else entry.total,
                 "last": None if entry.last is None else _to_floats([entry.last])[0],
                 "metric": None if entry.metric is None else self._path_of(entry.metric),
             })  # fmt: skip
-        return {"entries": entries, "callback": dict(self.callback_metrics)}
+        return {
+            "entries": entries, "callback": dict(self.callback_metrics), "logged": dict(self._logged),
+            "progress": dict(self._progress),
+        }  # fmt: skip
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict`."""
-        section = self._sections["train"]
-        metrics = dict(self._module.named_modules())
+    def load_state_dict(self, state: dict[str, Any], orphans: Iterable[dict[str, Any]] = ()) -> None:
+        """Go on from `state_dict`. orphans: what ranks left that are no more: what ranks reduce together is taken in."""
         for saved in state["entries"]:
-            entry = Entry(
-                saved["hook"], saved["name"], None, saved["label"], tuple(saved["options"]), double=saved["double"]
-            )
-            if saved["metric"] is not None:
-                entry.metric = metrics.get(saved["metric"])
-                if entry.metric is None:
-                    continue
-            entry.seen = True
-            entry.last, entry.total, entry.weight = saved["last"], saved["total"], saved["weight"]
-            section["resumed", entry.label] = entry
+            entry = self._restored(saved)
+            if entry is not None:
+                self._sections["train"]["resumed", entry.label] = entry
+        for orphan in orphans:
+            for saved in orphan["entries"]:
+                self._take_in(saved)
         self._callback = dict(state["callback"])
+        self._logged, self._progress = dict(state["logged"]), dict(state["progress"])
+
+    def _restored(self, saved: dict[str, Any]) -> Entry | None:
+        """The entry; None if it is of a torchmetrics object that is not there any more."""
+        entry = Entry(
+            saved["hook"], saved["name"], None, saved["label"], tuple(saved["options"]), double=saved["double"],
+            exact=self._exact,
+        )  # fmt: skip
+        if saved["metric"] is not None:
+            entry.metric = dict(self._module.named_modules()).get(saved["metric"])
+            if entry.metric is None:
+                return None
+        entry.seen = True
+        entry.last, entry.weight = saved["last"], saved["weight"]
+        entry.total = Fraction(saved["total"]) if isinstance(saved["total"], str) else saved["total"]
+        return entry
+
+    def _take_in(self, saved: dict[str, Any]) -> None:
+        theirs = self._restored(saved)
+        if theirs is None or not theirs.sync_epoch:
+            return
+        section = self._sections["train"]
+        mine = section.setdefault(("resumed", theirs.label), theirs)
+        if mine is not theirs:
+            parts = [(mine.total, mine.weight), (theirs.total, theirs.weight)]
+            mine.total, mine.weight = _combine(mine.reduce, parts)
 
     def _path_of(self, metric: Any) -> str | None:
         return next((name for name, child in self._module.named_modules() if child is metric), None)
@@ -529,7 +583,7 @@ def _to_floats(values: list[Any]) -> list[float]:
     return out
 
 
-def _combine(reduce: str, parts: list[tuple[float, float]]) -> tuple[float, float]:
+def _combine(reduce: str, parts: list[tuple[float | Fraction, float]]) -> tuple[float | Fraction, float]:
     """The ranks' (total, weight) as one; a rank of weight 0 has seen nothing."""
     counted = [(total, weight) for total, weight in parts if weight]
     if not counted:
@@ -539,10 +593,11 @@ def _combine(reduce: str, parts: list[tuple[float, float]]) -> tuple[float, floa
     return (min if reduce == "min" else max)(total for total, _ in counted), 1.0
 
 
-def _finish(entry: Entry, total: float, weight: float) -> Tensor:
+def _finish(entry: Entry, total: float | Fraction, weight: float) -> Tensor:
+    number = float(total)
     if entry.reduce == "mean":
-        total = total / weight if weight else float("nan")
-    return torch.tensor(total, dtype=entry.dtype)
+        number = number / weight if weight else math.nan
+    return torch.tensor(number, dtype=entry.dtype)
 
 
 def _compute(entry: Entry) -> Tensor:

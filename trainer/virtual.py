@@ -87,33 +87,43 @@ def tree_sum(nodes: dict[tuple[int, int], Tensor], leaves: int) -> Tensor:
     return total
 
 
-class VirtualFeed:
-    """A training loader whose batches are virtual ranks' shares, step by step.
+class VirtualFeed(Feed):
+    """A loader whose batches are virtual ranks' shares: `batches` gives a list per step, of this rank's.
 
-    What the dataset draws at random is keyed by (seed, epoch, place), with and without workers. position: the gang's
-    place after the newest step, to be handed to `steps` again, on any number of ranks.
+    What the dataset draws at random is keyed by (seed, epoch, place), with and without workers. shares: the (virtual
+    rank, share) pairs of the newest step, in the order of its batches; a rank whose virtual ranks have no sample left
+    has none. total: samples of the step over all ranks. position: as in Feed, on any number of ranks.
 
     Raises:
         DataError: the loader gives no samples that can be shared out: an iterable dataset, or whole batches.
     """
 
-    def __init__(self, loader: Any, world: World, count: int, *, seed: int) -> None:
-        feed: Feed = make_feed(loader, world=_Place(count), seed=seed, train=True)  # type: ignore[arg-type]
+    def __init__(
+        self, loader: Any, world: World, count: int, *, seed: int | None, train: bool = True,
+        shuffle_override: bool | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        place: Any = _Place(count)
+        feed = make_feed(loader, world=place, seed=seed, train=train, shuffle_override=shuffle_override)
         if not isinstance(feed, _SampleFeed):
             raise DataError(
                 f"virtual_ranks cannot share out the {type(loader).__name__}: it needs a DataLoader over a dataset "
                 "with a length, that makes its own batches."
             )
-        self.count, self.position = count, 0
+        self.sized = feed.sized
+        self.count, self.total = count, 0
+        self.shares: list[tuple[int, Share]] = []
         self._feed, self._own = feed, own_range(count, world.rank, world.size)
         feed._shares = self._flat  # type: ignore[method-assign] # the copied loader draws what this rank runs
         if not feed._keyed:
             feed._keyed = True
-            feed._loader.__dict__["dataset"] = _KeyedDataset(loader.dataset, seed)
+            feed._loader.__dict__["dataset"] = _KeyedDataset(loader.dataset, seed or 0)
 
     def __len__(self) -> int:
-        """Steps of an epoch."""
         return len(self._feed)
+
+    def batches_done(self, position: int | None) -> int:
+        return self._feed.batches_done(position)
 
     def _plan(self, epoch: int, start: int) -> Iterator[list[tuple[int, Share]]]:
         feed = self._feed
@@ -125,21 +135,20 @@ class VirtualFeed:
     def _flat(self, epoch: int, consumed: int) -> Iterator[Share]:
         return (share for step in self._plan(epoch, consumed) for _, share in step)
 
-    def steps(self, epoch: int, consumed: int | None) -> Iterator[list[tuple[int, Share, Any]]]:
-        """Per step this rank's (virtual rank, share, batch); an empty list where none of them has a sample left."""
+    def batches(self, epoch: int, consumed: int | None) -> Iterator[list[Any]]:
         start = self.position = consumed or 0
         size = len(self._feed._order(epoch))
         batches = self._feed.batches(epoch, start)
         try:
             for own in self._plan(epoch, start):
-                step = [(v, share, next(batches)) for v, share in own]
-                self.position = min(self.position + self.count * self._feed._batch_size, size)
+                step = [next(batches) for _ in own]
+                before, self.position = self.position, min(self.position + self.count * self._feed._batch_size, size)
+                self.shares, self.total, self.weight = own, self.position - before, float(bool(own))
                 yield step
         finally:
             batches.close()  # type: ignore[attr-defined] # a generator: its workers end with it
 
     def close(self) -> None:
-        """End loader workers that persist."""
         self._feed.close()
 
 
@@ -155,9 +164,9 @@ class _Place:
 class VirtualRanks:
     """Runs a module's shares and sums their gradients; the same bits on any number of ranks.
 
-    For each step: `begin(total)`; for each own share `enter(step, virtual rank)`, forward, backward of its mean loss
-    times `share.seen / share.total`, `add(virtual rank, share)`; then `finish()`, after which every rank's `.grad`s
-    and buffers are the whole batch's.
+    For each step: `begin(total)`; for each own share `enter(place)`, forward, backward of its mean loss times
+    `share.seen / share.total`, `add(virtual rank, share)`; then `finish()`, after which every rank's `.grad`s and
+    buffers are the whole batch's.
     """
 
     def __init__(self, module: nn.Module, world: World, count: int, *, seed: int) -> None:
@@ -169,14 +178,15 @@ class VirtualRanks:
         self._whole: list[Tensor] = []
         self._before: dict[int, Tensor] = {}
         self._counted: list[Tensor] = []
+        self._held: dict[nn.Parameter, Tensor] = {}
         self._nodes: dict[tuple[int, int], Tensor] = {}
         self._active = 0
         for name, parameter in module.named_parameters():
             if hasattr(parameter, "full_tensor"):
                 raise ConfigError(f"virtual_ranks needs whole parameters on each rank, and {name} is sharded: use ddp.")
 
-    def begin(self, total: int) -> None:
-        """A step over `total` samples begins."""
+    def begin(self, total: int, *, accumulating: bool = False) -> None:
+        """A step over `total` samples begins. accumulating: its gradients come on top of those that are there."""
         self._active = min(self.count, total)
         self._parameters = [p for p in self._module.parameters() if p.requires_grad]
         dtypes = {p.dtype for p in self._parameters}
@@ -187,10 +197,13 @@ class VirtualRanks:
         self._whole = [b for b in buffers if not b.is_floating_point()]
         self._before = {id(b): b.clone() for b in buffers}
         self._nodes = {}
+        self._held = {p: p.grad for p in self._parameters if accumulating and p.grad is not None}
+        for parameter in self._parameters:
+            parameter.grad = None
 
-    def enter(self, step: int, virtual_rank: int) -> None:
-        """Set all random states to what they are for this share."""
-        key = _key(self.seed, step, virtual_rank)
+    def enter(self, *place: int) -> None:
+        """Set all random states to what they are at a place of the run, such as (batches before, virtual rank)."""
+        key = _key(self.seed, len(place), *place)
         random.seed(key)
         np.random.seed(key & 0xFFFFFFFF)
         torch.manual_seed(key >> 1)
@@ -236,9 +249,12 @@ class VirtualRanks:
             start = 0
             used = total[sum(p.numel() for p in self._parameters) :]
             for number, parameter in enumerate(self._parameters):
+                parameter.grad = self._held.get(parameter)
                 if used[number]:
-                    parameter.grad = total[start : start + parameter.numel()].view_as(parameter)
+                    gradient = total[start : start + parameter.numel()].view_as(parameter)
+                    parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
                 start += parameter.numel()
+            self._held = {}
             start += len(self._parameters)
             for buffer in self._floating:
                 buffer += total[start : start + buffer.numel()].view_as(buffer).to(buffer.dtype)

@@ -64,9 +64,9 @@ def main():
         feed = VirtualFeed(loader, world, VIRTUAL, seed=4)
         last = step + count
         while step < last:
-            for own in feed.steps(epoch, position):
-                virtual.begin(min(BATCH * VIRTUAL, SIZE - position))
-                for rank, share, x in own:
+            for batches in feed.batches(epoch, position):
+                virtual.begin(feed.total)
+                for (rank, share), x in zip(feed.shares, batches, strict=True):
                     virtual.enter(step, rank)
                     loss = (net(x) - x.sum(1, keepdim=True)).pow(2).mean()
                     (loss * (share.seen / share.total)).backward()
