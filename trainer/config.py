@@ -111,6 +111,10 @@ class Config:
     reload_dataloaders_every_n_epochs: 0: never.
     default_root_dir: where logs and checkpoints go: the run folder, else the current one, by default.
     enable_autolog_hparams: whether loggers get what save_hyperparameters kept.
+    resume: "exact": a run goes on at the batch where it was. "epoch": an epoch that was broken off begins anew, with
+        the weights as they are, for training data that cannot say where it was.
+    virtual_ranks: so many fixed shares per batch, whose weights come out the same to the bit on any number of ranks up
+        to that; batch sizes are per share. See `trainer.virtual`.
     """
 
     accelerator: str = "auto"
@@ -152,6 +156,8 @@ class Config:
     reload_dataloaders_every_n_epochs: int = 0
     default_root_dir: str | Path | None = None
     enable_autolog_hparams: bool = True
+    resume: str = "exact"
+    virtual_ranks: int | None = None
 
     # Seconds between validations where val_check_interval is a duration.
     val_check_seconds: float | None = field(init=False, default=None)
@@ -187,6 +193,9 @@ class Config:
         _require(
             isinstance(self.accelerator, str), "accelerator", self.accelerator, "'auto', 'cpu', 'gpu', 'cuda', 'mps'"
         )
+        _require(self.resume in ("exact", "epoch"), "resume", self.resume, "'exact', 'epoch'")
+        if self.virtual_ranks is not None:
+            self._check_virtual_ranks()
         if self.default_root_dir is not None:
             self._set(default_root_dir=str(self.default_root_dir))
 
@@ -215,6 +224,16 @@ class Config:
                 )
         else:
             _require_count("val_check_interval", interval, minimum=1)
+
+    def _check_virtual_ranks(self) -> None:
+        for name, allowed in _WITH_VIRTUAL_RANKS.items():
+            if getattr(self, name) not in allowed:
+                raise ConfigError(
+                    f"virtual_ranks={self.virtual_ranks} and {name}={getattr(self, name)!r} contradict each other. "
+                    f"Allowed with virtual_ranks: {', '.join(map(repr, allowed))}."
+                )
+        if self.deterministic is None:
+            self._set(deterministic=True)
 
     def _check_clipping(self) -> None:
         value, algorithm = self.gradient_clip_val, self.gradient_clip_algorithm
@@ -265,9 +284,17 @@ _WHERE_NONE = {
 _COUNTS = {
     "max_epochs": -1, "min_epochs": 0, "max_steps": -1, "min_steps": 0, "num_nodes": 1, "accumulate_grad_batches": 1,
     "reload_dataloaders_every_n_epochs": 0, "check_val_every_n_epoch": 1, "log_every_n_steps": 0,
-    "num_sanity_val_steps": -1,
+    "num_sanity_val_steps": -1, "virtual_ranks": 1,
 }  # fmt: skip
-_OPTIONAL = ("min_epochs", "min_steps", "check_val_every_n_epoch")
+_OPTIONAL = ("min_epochs", "min_steps", "check_val_every_n_epoch", "virtual_ranks")
+# With fixed shares of every batch, whose gradients are summed in one order.
+_WITH_VIRTUAL_RANKS: dict[str, tuple[Any, ...]] = {
+    "strategy": ("auto", "single", "single_device", "ddp"),
+    "deterministic": (None, True, "warn"),
+    "benchmark": (None, False),
+    "sync_batchnorm": (False,),
+    "use_distributed_sampler": (True,),
+}
 _BAREBONES_OFF = (
     "enable_checkpointing", "logger", "enable_progress_bar", "log_every_n_steps", "enable_model_summary",
     "num_sanity_val_steps", "fast_dev_run", "detect_anomaly", "profiler",

@@ -28,8 +28,8 @@ from torch.utils._pytree import tree_map
 from trainer.errors import ModuleError
 from trainer.optimizers import parameters_of
 from trainer.progress import TRAIN, VALIDATE
+from trainer.rank_state import Before
 from trainer.ranks import rank_zero_info, rank_zero_warn
-from trainer.seed import rng_state
 from trainer.state import RunningStage, TrainerFn
 from trainer.stop import LAST
 
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from trainer.parallel import Parallel
     from trainer.precision import Precision
     from trainer.progress import ProgressPage
+    from trainer.resume import Found
     from trainer.signals import StopSignals
     from trainer.state import TrainState
     from trainer.stop import StopAgreement
@@ -89,10 +90,10 @@ class Fit:
     validate_every: float = 0
     validate_seconds: float | None = None
     last_validation: float = 0.0
-    # The random state at the start of a validation, which a broken-off one starts from again.
-    validation_rng: Any = None
-    # What a resumed rank still has to take back before its first batch.
-    resumed_rank_state: dict[str, Any] | None = None
+    # What a broken-off validation starts from again.
+    before_validation: Before | None = None
+    # What a resumed run still has to take back before its first batch.
+    resumed: Found | None = None
     warned: set[str] = field(default_factory=set)
 
 
@@ -173,7 +174,7 @@ def train_epoch(run: Fit) -> None:
         metrics.hook = "on_train_epoch_start"
         if hooks.on_train_epoch_start is not None:
             hooks.on_train_epoch_start()
-        state.accumulate = trainer.accumulate_grad_batches
+        state.accumulate, state.windows_from = trainer.accumulate_grad_batches, 0
     trainer.accumulate_grad_batches = state.accumulate
     limit = run.batches_per_epoch
     metrics.hook = "training_step"
@@ -271,7 +272,7 @@ def bind_train_batch(run: Fit) -> Callable[[Any, int, bool], bool | None]:
         if on_batch_start is not None and on_batch_start(batch, index) == -1:
             return None
 
-        stepping = is_last or (index + 1) % state.accumulate == 0
+        stepping = is_last or (index + 1 - state.windows_from) % state.accumulate == 0
         if not automatic:
             output = step(batch, index)
             stepping = True
@@ -331,7 +332,7 @@ def bind_micro_batch(run: Fit) -> Callable[[Any, int], Any]:
                 output = step(batch, index)
         loss = output if type(output) is Tensor else _loss_of(run, output)
         accumulate = state.accumulate
-        if optimizer is not None and index % accumulate == 0:
+        if optimizer is not None and (index - state.windows_from) % accumulate == 0:
             if on_before_zero_grad is not None:
                 on_before_zero_grad(optimizer)
             if zero_grad is None:
@@ -466,7 +467,9 @@ def _validation_is_due(run: Fit, is_last: bool) -> bool:
 def after_batch(run: Fit, is_last: bool) -> bool:
     """What follows a batch where more than the next batch is due. Returns whether the epoch ends here."""
     trainer, state, hooks = run.trainer, run.state, run.hooks
-    stepped = is_last or state.batch % state.accumulate == 0 or not run.module.automatic_optimization
+    stepped = (
+        is_last or (state.batch - state.windows_from) % state.accumulate == 0 or not run.module.automatic_optimization
+    )
     if state.resume_at in ("", "batch_end"):
         log_every = trainer.log_every_n_steps
         if stepped and log_every and ((state.logger_step + 1) % log_every == 0 or state.should_stop):
@@ -487,11 +490,11 @@ def after_batch(run: Fit, is_last: bool) -> bool:
                 hooks.on_validation_model_zero_grad()
             else:
                 run.module.zero_grad()
-        run.validation_rng = rng_state()
+        run.before_validation = Before(run.module)
         trainer.state.stage = RunningStage.VALIDATING
         evaluate(run.validation)
         trainer.state.stage = RunningStage.TRAINING
-        run.validation_rng = None
+        run.before_validation = None
         run.last_validation = time.monotonic()
         run.metrics.enter("train")
         run.metrics.hook = "training_step"
@@ -526,7 +529,7 @@ def end_epoch(run: Fit) -> None:
     metrics.reset()
     state.epoch += 1
     state.batch = 0
-    state.position = []
+    state.position = None
     state.resume_at = ""
     trainer.saves.after_epoch()
 

@@ -524,7 +524,7 @@ class Metrics:
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any], orphans: Iterable[dict[str, Any]] = ()) -> None:
-        """Go on from `state_dict`. orphans: what ranks left that are no more: what ranks reduce together is taken in."""
+        """Go on from `state_dict`. orphans: what ranks left that are no more; sums over ranks take it in."""
         for saved in state["entries"]:
             entry = self._restored(saved)
             if entry is not None:

@@ -12,6 +12,7 @@ from trainer.loading import to_device
 from trainer.loop import Evaluation, Fit, Stopping, clip, evaluate
 from trainer.optimizers import WrappedOptimizer, needs_closure, read_optimizers
 from trainer.progress import PREDICT, TEST, TRAIN, VALIDATE
+from trainer.rank_state import place_in_epoch, restore_rank
 from trainer.ranks import rank_zero_info
 from trainer.seed import chosen_seed, isolate_rng
 from trainer.state import (
@@ -19,7 +20,6 @@ from trainer.state import (
     TrainerFn,
     TrainState,
     restore_model,
-    restore_rank,
     restore_training,
 )
 from trainer.stop import StopAgreement
@@ -74,12 +74,8 @@ def prepare_fit(
         rank_zero_info(f"fit goes on from {found.name}: epoch {trainer.current_epoch}, step {trainer.global_step}.")
     trainer.fit_run = run = _make_fit(trainer, module, hooks)
     trainer.data.load_training(run)
-    position: Any = trainer.train_state.position
     if found is not None:
-        run.resumed_rank_state = found.rank_state
-        if isinstance(position, int):
-            # Counted anew: another number of ranks takes another number of batches to the same place.
-            trainer.train_state.batch = run.feed.batches_done(position)
+        run.resumed = place_in_epoch(run, found, anew=trainer.config.resume == "epoch")
     trainer.data.load_validation(run)
     if trainer.world.any(run.signals.requested):
         raise Stopping  # a signal during the set-up: nothing was trained, so there is nothing to save
@@ -89,11 +85,11 @@ def prepare_fit(
 
 def begin(run: Fit) -> None:
     """The last things before the first batch: the sanity check, or the state that belongs to this rank."""
-    if run.resumed_rank_state is None:
+    if run.resumed is None:
         _sanity_check(run)
     else:
-        restore_rank(run, run.resumed_rank_state)
-        run.resumed_rank_state = None
+        restore_rank(run, run.resumed)
+        run.resumed = None
     run.trainer.state.stage = RunningStage.TRAINING
     if run.page is not None:
         run.page.phase(TRAIN)

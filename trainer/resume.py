@@ -20,12 +20,18 @@ _KEPT = 32
 
 @dataclass(frozen=True)
 class Found:
-    """A checkpoint in memory. rank_state is this rank's own part, or {} if it has none."""
+    """A checkpoint in memory.
+
+    rank_state: this rank's own part, or {} if it has none. orphans: those of ranks that are no more and that this one
+    stands in for. world_size: how many ranks there were.
+    """
 
     name: str
     state: dict[str, Any]
     rank_state: dict[str, Any]
     finished: bool
+    orphans: tuple[dict[str, Any], ...] = ()
+    world_size: int = 1
 
 
 @dataclass(frozen=True)
@@ -109,11 +115,12 @@ def read(path: str, world: World | None, *, like: dict[str, Any] | None = None, 
         from trainer.checkpoint import Store
 
         folder, _, _ = path.rstrip("/").rpartition("/")
-        loaded = Store(folder or ".", world).load(path, like)
-        state, rank_state = loaded.state, loaded.rank_state
+        loaded = Store(folder or ".", world).load(path, like, orphans=world is not None)
+        state, rank_state, orphans, world_size = loaded.state, loaded.rank_state, loaded.orphans, loaded.world_size
     else:
         from trainer.checkpoint import load_file
 
+        orphans, world_size = (), 1
         state = load_file(path, weights_only=weights_only)
         rank_state = state.pop("rank_state", {})
         if world is not None and world.size > 1:
@@ -122,7 +129,7 @@ def read(path: str, world: World | None, *, like: dict[str, Any] | None = None, 
     if "state_dict" not in state:
         raise CheckpointError(f"{path} has no 'state_dict': it is not a checkpoint of this package or of Lightning.")
     finished = bool((state.get("progress") or {}).get("finished"))
-    return Found(path, state, rank_state, finished)
+    return Found(path, state, rank_state, finished, orphans, world_size)
 
 
 def newest_in(run_dir: str, world: World, like: dict[str, Any] | None) -> Found | None:

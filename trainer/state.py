@@ -10,12 +10,13 @@ from dataclasses import asdict, dataclass, fields
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from trainer.errors import CheckpointError, ConfigError
+from trainer.rank_state import rank_state
 from trainer.ranks import rank_zero_warn
-from trainer.seed import rng_state, set_rng_state
 
 if TYPE_CHECKING:
-    from trainer.loop import Fit
     from trainer.trainer import Trainer
 
 FORMAT = 1
@@ -90,8 +91,9 @@ class TrainState:
     steps. logger_step: batches after which an optimizer stepped (the x axis of loggers). position: what the training
     loader(s) have given, in their own terms (None: nothing yet). resume_at: where in the tail of a batch or epoch the
     state was taken (see `trainer.loop`), empty between two batches. accumulate: micro-batches per step, which
-    callbacks may change. elapsed: seconds since the last validation, for one by time. finished: fit is over. seed: of
-    the sample order. should_stop: a callback or the user asked to end.
+    callbacks may change. windows_from: the batch at which the epoch's first window of so many begins; not 0 where a
+    run went on in mid-epoch on another number of ranks. elapsed: seconds since the last validation, for one by time.
+    finished: fit is over. seed: of the sample order. should_stop: a callback or the user asked to end.
     """
 
     epoch: int = 0
@@ -102,6 +104,7 @@ class TrainState:
     position: Any = None
     resume_at: str = ""
     accumulate: int = 1
+    windows_from: int = 0
     elapsed: float = 0.0
     finished: bool = False
     seed: int | None = None
@@ -136,7 +139,8 @@ def capture(trainer: Trainer, *, weights_only: bool = False) -> tuple[dict[str, 
         shared["precision"] = trainer.precision_object.state_dict()
         shared["callbacks"] = callback_states(trainer)
         shared["rows"] = trainer.reports.rows_of_step()
-        own = rank_state(trainer)
+        shared["threads"] = torch.get_num_threads()
+        own = {} if trainer.fit_run is None else rank_state(trainer.fit_run)
         for callback in trainer.callbacks:
             callback.on_save_checkpoint(trainer, module, shared)
     module.on_save_checkpoint(shared)
@@ -213,6 +217,12 @@ def restore_training(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
     scaler = checkpoint.get("precision") or checkpoint.get("MixedPrecision")
     if scaler:
         trainer.precision_object.load_state_dict(scaler)
+    now, threads = torch.get_num_threads(), checkpoint.get("threads")
+    if threads not in (None, now):
+        rank_zero_warn(
+            f"The checkpoint was made with {threads} intra-op threads and now there are {now}: sums on the CPU may "
+            f"differ in their last bits. For an exact resume set OMP_NUM_THREADS={threads}."
+        )
     progress = checkpoint.get("progress")
     counters = progress if progress is not None else _lightning_progress(checkpoint)
     known = {f.name for f in fields(TrainState)}
@@ -245,61 +255,3 @@ def _lightning_progress(checkpoint: dict[str, Any]) -> dict[str, Any]:
     return {
         "epoch": epoch, "batches": batches, "global_step": step, "logger_step": logger_step, "accumulate": accumulate,
     }  # fmt: skip
-
-
-def rank_state(trainer: Trainer) -> dict[str, Any]:
-    """What this rank has for itself: random state, the epoch's half-reduced values, its loaders' state."""
-    run = trainer.fit_run
-    if run is None:
-        return {}
-    broken_off = run.state.resume_at == "validation" and run.validation_rng is not None
-    state: dict[str, Any] = {
-        "rng": run.validation_rng if broken_off else rng_state(),
-        "metrics": run.metrics.state_dict(),
-        "torchmetrics": metric_states(run.module),
-        "feed": run.feed.state_dict(),
-    }
-    if run.module.automatic_optimization and run.state.batch % run.state.accumulate:
-        # In the middle of an accumulation window the gradients so far are state; DDP has not exchanged them yet.
-        state["gradients"] = {n: p.grad for n, p in run.module.named_parameters() if p.grad is not None}
-    return state
-
-
-def restore_rank(run: Fit, state: dict[str, Any]) -> None:
-    """Put back what `rank_state` returned; {} leaves a rank that has no state of its own as it is."""
-    if "metrics" in state:
-        run.metrics.load_state_dict(state["metrics"])
-        load_metric_states(run.module, state.get("torchmetrics", {}))
-    if state.get("feed"):
-        run.feed.load_state_dict(state["feed"])
-    for name, gradient in state.get("gradients", {}).items():
-        run.module.get_parameter(name).grad = gradient.to(run.world.device)
-    if state.get("rng") is not None:
-        set_rng_state(state["rng"])
-
-
-def metric_states(module: Any) -> dict[str, Any]:
-    """The half-finished torchmetrics objects among a module's children: they are not in its state_dict by default."""
-    found = {}
-    for name, child in module.named_modules():
-        if _is_metric(child) and child._update_count:
-            found[name] = {"state": dict(child.metric_state), "updates": child._update_count}
-    return found
-
-
-def load_metric_states(module: Any, states: dict[str, Any]) -> None:
-    """Put back what `metric_states` returned."""
-    children = dict(module.named_modules())
-    for name, saved in states.items():
-        metric = children.get(name)
-        if metric is None or not _is_metric(metric):
-            continue
-        for key, value in saved["state"].items():
-            metric._modules.pop(key, None)
-            setattr(metric, key, value)
-        metric._update_count = saved["updates"]
-        metric._computed = None
-
-
-def _is_metric(child: Any) -> bool:
-    return hasattr(child, "metric_state") and hasattr(child, "_update_count")
