@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import shlex
+import signal
 import socket
 import sys
 import textwrap
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from launcher import index, runs
+from launcher import commands, index, runs
 from launcher.errors import LaunchError, UsageError
 from launcher.hardware import find_gpus
 from launcher.spec import LaunchSpec, Meeting, Output, Program, keeps_terminal
@@ -63,7 +64,12 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Entry of the `launch` command."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        code = resume(arguments[1:]) if arguments[:1] == ["resume"] else start(arguments)
+        if arguments[:1] == ["resume"]:
+            code = resume(arguments[1:])
+        elif arguments and arguments[0] in commands.NAMES:
+            code = commands.run(arguments[0], arguments[1:])
+        else:
+            code = start(arguments)
     except click.exceptions.Exit as done:
         code = done.exit_code
     except click.ClickException as error:
@@ -74,7 +80,13 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         code = error.exit_code
     except KeyboardInterrupt:
         code = 130
-    sys.stdout.flush()
+    except BrokenPipeError:
+        code = 128 + signal.SIGPIPE
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # `launch logs NAME | head`: the interpreter flushes once more, and would say so.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)
 
 
