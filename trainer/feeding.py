@@ -26,7 +26,7 @@ class RunData:
 
     def __init__(self, trainer: Trainer, given: dict[str, Any]) -> None:
         self._trainer = trainer
-        self._given = given
+        self.given = given
         self.loaders: dict[str, Loaders] = {}
         # The epochs in which they were asked for.
         self._loaded_in: dict[str, int] = {}
@@ -37,7 +37,7 @@ class RunData:
         """Whom to ask for the loaders of a kind."""
         module = self._trainer.lightning_module
         assert module is not None
-        return Source(kind, self._given.get(kind), module, self._trainer.datamodule)
+        return Source(kind, self.given.get(kind), module, self._trainer.datamodule)
 
     def load(self, kind: str) -> Loaders:
         """Ask for the loaders of a kind, anew if they are there."""
@@ -48,6 +48,10 @@ class RunData:
     def train(self) -> Loaders:
         """The training loaders, asked for once."""
         return self.loaders["train"] if "train" in self.loaders else self.load("train")
+
+    def arguments(self) -> dict[str, Any]:
+        """What a fit on the same data is to be called with."""
+        return {"train_dataloaders": self.given.get("train"), "datamodule": self._trainer.datamodule}
 
     def raw(self, kind: str) -> Any:
         """The loader(s) as they were given, or None before they were asked for."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+from trainer.callbacks.finders import Finder
 from trainer.errors import ConfigError
 from trainer.forms import check_manual, require_dataloader_idx, step_of
 from trainer.hooks import Hooks, timed
@@ -55,6 +56,8 @@ def prepare_fit(
             trainer.train_state.global_step = int(found.state["global_step"])
             rank_zero_info(f"fit: this run finished at step {trainer.global_step}; nothing is left to do.")
             return None
+    else:
+        _find(trainer, module)
     hooks = trainer.bind_hooks()
     trainer.optimizers, trainer.lr_scheduler_configs = read_optimizers(module)
     if not module.automatic_optimization:
@@ -130,6 +133,7 @@ def prepare_evaluation(
     if found is not None:
         restore_model(trainer, found.state)
         rank_zero_info(f"{fn} uses the weights of {found.name}.")
+    _find(trainer, module)
     trainer.bind_hooks()
     loaders = trainer.data.load(kind)
     if trainer.config.enable_autolog_hparams:
@@ -137,6 +141,13 @@ def prepare_evaluation(
     if trainer.page is not None:
         trainer.page.phase(phase)
     return make_evaluation(trainer, name, loaders, inference_mode=trainer.config.inference_mode)
+
+
+def _find(trainer: Trainer, module: Module) -> None:
+    """Let callbacks that look for a learning rate or batch size do so, before optimizers and loaders are made."""
+    for callback in trainer.callbacks:
+        if isinstance(callback, Finder):
+            callback.find(trainer, module)
 
 
 def make_evaluation(trainer: Trainer, name: str, loaders: Loaders, *, inference_mode: bool) -> Evaluation:
@@ -187,7 +198,7 @@ def _make_fit(trainer: Trainer, module: Module, hooks: Hooks) -> Fit:
         parallel=trainer.parallel,
         precision=trainer.precision_object,
         signals=trainer.signals,
-        agreement=StopAgreement(trainer.world, trainer.signals, trainer.train_state),
+        agreement=StopAgreement(trainer.world, trainer.signals, trainer.train_state, trainer.saves.settle),
         page=trainer.page,
         step=timed(step_of(module, "training_step", trainer.parallel.step), "training_step", trainer.profiler),
         move=_mover(trainer, hooks),

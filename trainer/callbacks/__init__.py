@@ -8,6 +8,7 @@ from trainer.callbacks.callback import Callback
 from trainer.callbacks.checkpoint import Checkpoint, ModelCheckpoint, OnExceptionCheckpoint
 from trainer.callbacks.device_stats import DeviceStatsMonitor
 from trainer.callbacks.early_stopping import EarlyStopping
+from trainer.callbacks.finders import BatchSizeFinder, LearningRateFinder
 from trainer.callbacks.lambda_function import LambdaCallback
 from trainer.callbacks.lr_monitor import LearningRateMonitor
 from trainer.callbacks.prediction_writer import BasePredictionWriter
@@ -19,6 +20,7 @@ from trainer.callbacks.timer import Timer
 
 __all__ = [
     "BasePredictionWriter",
+    "BatchSizeFinder",
     "Callback",
     "Checkpoint",
     "DeviceStatsMonitor",
@@ -26,6 +28,7 @@ __all__ = [
     "EarlyStopping",
     "GradientAccumulationScheduler",
     "LambdaCallback",
+    "LearningRateFinder",
     "LearningRateMonitor",
     "ModelCheckpoint",
     "ModelSummary",
