@@ -41,7 +41,8 @@ _ABORT_GRACE_S = 1.0  # after a failure nothing can be saved any more
 def main(argv: list[str]) -> dict[str, Any] | None:
     """Run a node's agent. Returns only in a forked rank, with its order; the agent itself exits.
 
-    argv: `fd N` (a socket inherited from the supervisor) or `tcp HOST PORT` (token in LAUNCH_TOKEN).
+    argv: `fd N` (a socket inherited from the supervisor), `tcp HOST PORT` (token in LAUNCH_TOKEN), or `srun PORT` (the
+    same, started by the supervisor's srun: Slurm says where it is, and which node this is).
     LAUNCH_STARTER_PID: the process that started it and must not be outlived. Once an `fd` agent listens to its socket,
     that tells it of the end, and leaves it time to ask its ranks to leave.
     """
@@ -54,7 +55,12 @@ def main(argv: list[str]) -> dict[str, Any] | None:
     for name in ("LAUNCH_JOIN_TIMEOUT_S", "LAUNCH_NODE_SPEC_FD"):
         base.pop(name, None)
     become_subreaper()
+    if argv[0] == "srun":
+        base["LAUNCH_NODE_RANK"] = os.environ["LAUNCH_NODE_RANK"] = os.environ["SLURM_PROCID"]
+        argv = ["tcp", os.environ["SLURM_LAUNCH_NODE_IPADDR"], argv[1]]
     link: Channel | None = None
+    node: Node | None = None
+    heir: list[str] = []
     try:
         if argv[0] == "fd":
             link = Channel(socket.socket(fileno=int(argv[1])))
@@ -82,12 +88,23 @@ def main(argv: list[str]) -> dict[str, Any] | None:
         welcome, orders = _first_messages(link, join_timeout_s)
         if "end" in welcome:  # stopped before it began
             os._exit(int(welcome["end"]["code"]))
+        heir = welcome["heir"]
         if spec is None:
             spec = LaunchSpec.from_json(welcome["spec"])
         zygote, zygote_pid, order = _fork_zygote(spec, base, link)
         if order is not None:
             return order
-        node = Node(spec, welcome["run_id"], Path(welcome["run_dir"]), base, link, zygote, zygote_pid, orders)
+        node = Node(
+            spec,
+            welcome["run_id"],
+            Path(welcome["run_dir"]),
+            base,
+            link,
+            zygote,
+            zygote_pid,
+            orders,
+            orphan_grace_s=welcome["orphan_grace_s"],
+        )
         code = _run(node, listens_to_starter=argv[0] == "fd")
     except LaunchError as error:
         code = error.exit_code
@@ -97,6 +114,10 @@ def main(argv: list[str]) -> dict[str, Any] | None:
         if argv[0] == "tcp":
             where = f"{argv[1]} port {argv[2]}"
             sys.stderr.write(f"launch: agent on {socket.gethostname()}: lost the supervisor at {where}: {error}\n")
+        if heir and not (node is not None and node.dismissed):
+            sys.stderr.flush()
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what ended the supervisor is after us too
+            os.execve(heir[0], heir, base)
     sys.stderr.flush()
     os._exit(code)
 
@@ -240,6 +261,8 @@ class Node:
         zygote: Channel,
         zygote_pid: int,
         orders: list[Message],
+        *,
+        orphan_grace_s: float | None = None,
     ) -> None:
         self.spec = spec
         self.run_id = run_id
@@ -249,6 +272,10 @@ class Node:
         self.link = link
         self.zygote = zygote
         self._zygote_pid = zygote_pid
+        self._orphan_grace_s = orphan_grace_s  # what a scheduler leaves the ranks when it ends the supervisor
+        self._scheduled = orphan_grace_s is not None
+        self._signalled_ns: int | None = None
+        self.dismissed = False
         self.orders = list(orders)  # from the supervisor, for the rendezvous: host, world, end
         self.exits: dict[int, RankExit] = {}  # by local rank
         self._pids: dict[int, int] = {}  # alive, by local rank
@@ -285,6 +312,7 @@ class Node:
     def start(self, world: World, node: int) -> dict[int, int]:
         """Start this node's ranks; returns their pids by local rank."""
         self._world, self._asked_ns, self._kill_at, self._swept = world, None, None, False
+        self._signalled_ns = None
         self.exits, self._pids, self._oom_kills = {}, {}, _oom_kills()
         folder = self.run_dir / "logs" / f"attempt-{world.attempt}"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -394,7 +422,9 @@ class Node:
             while os.read(self._wake_read, 4096):
                 pass
         for number in self._signals:
-            self.link.send({"signalled": number})
+            if self._scheduled and self._signalled_ns is None:
+                self._signalled_ns = time.monotonic_ns()  # Slurm has signalled the ranks too
+            self._report({"signalled": number})
         self._signals.clear()
         if self._paused and not self.console.full:
             for pipe in self._paused:
@@ -418,6 +448,10 @@ class Node:
         if log.read(pipe):
             self._selector.register(pipe, selectors.EVENT_READ, local)
 
+    def _report(self, message: Message) -> None:
+        if not self.link.closed:  # without a supervisor the ranks are still brought to their end
+            self.link.send(message)
+
     def _hear_supervisor(self) -> None:
         for message in self.link.receive():
             if "stop" in message:
@@ -427,16 +461,19 @@ class Node:
             elif "kill" in message:
                 self.stop(0.0)
             else:
+                self.dismissed = self.dismissed or "end" in message
                 self.orders.append(message)
         if self.link.closed:
             self._selector.unregister(self.link)
-            self._abandon()
+            if self._pids or not self.dismissed:
+                self._abandon()
 
     def _abandon(self) -> None:
         """The supervisor is gone: nothing that we started may outlive it."""
+        grace_s = _ABORT_GRACE_S if self._orphan_grace_s is None else self._orphan_grace_s
         with contextlib.suppress(ConnectionError):
-            self.stop(_ABORT_GRACE_S)
-            deadline = time.monotonic() + _ABORT_GRACE_S + 1
+            self.stop(grace_s)
+            deadline = time.monotonic() + grace_s + 1
             while self._pids and time.monotonic() < deadline:
                 self.turn(0.1)
             self.zygote.send({"order": "quit"})
@@ -477,7 +514,7 @@ class Node:
         os.close(page)
         error = read_error_file(folder / f"rank-{place.rank}.error.json")
         told_ns = None if error is None else error.get("monotonic_ns")
-        asked = self._asked_ns is not None and (told_ns or report["ns"]) >= self._asked_ns
+        asked = any(t is not None and (told_ns or report["ns"]) >= t for t in (self._asked_ns, self._signalled_ns))
         ended = RankExit(
             rank=place.rank,
             local_rank=local,
@@ -493,14 +530,15 @@ class Node:
             killed_for_memory=report["code"] == -signal.SIGKILL and not asked and _oom_kills() > self._oom_kills,
         )
         self.exits[local] = ended
-        self.link.send(
+        self._report(
             {
                 "exited": ended.to_json(),
                 "attempt": world.attempt,
                 "progress": None if progress is None else progress.to_json(),
             }
         )
-        if ended.failed:
+        if ended.failed and not self._scheduled:
+            # Where there is a scheduler, it may be its signal that the rank died of: the supervisor finds out.
             self.stop(_ABORT_GRACE_S)
         if not self._pids and len(self.exits) == len(self._places):
             self.zygote.send({"order": "sweep", "grace_s": _ABORT_GRACE_S})

@@ -7,6 +7,7 @@ with a frame. Nothing is ever unpickled, so a stranger on the port can at worst 
 from __future__ import annotations
 
 import array
+import errno
 import json
 import os
 import socket
@@ -18,18 +19,21 @@ Message = dict[str, Any]
 _LENGTH = struct.Struct("!I")
 _MAX_FRAME = 64 << 20
 _MAX_FDS = 64
+# What keep-alive ends a connection with, where a process that dies closes it.
+_SILENCE = (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.EHOSTDOWN, errno.ENETUNREACH)
 
 
 class Channel:
     """One end of a connection. Sending blocks until the kernel has taken the frame; receiving never blocks.
 
     Raises `ConnectionError` from `send` when the other end is gone; `receive` then returns what was still complete
-    and sets `closed`.
+    and sets `closed`. `unreachable`: not the other process ended, but its host or the way to it no longer answers.
     """
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
         self.closed = False
+        self.unreachable = False
         self._buffer = bytearray()
         self._fds: deque[int] = deque()
 
@@ -64,8 +68,9 @@ class Channel:
                 self._buffer += data
         except BlockingIOError:
             pass
-        except OSError:
+        except OSError as error:
             self.closed = True
+            self.unreachable = error.errno in _SILENCE
         return self._complete()
 
     def _complete(self) -> list[Message]:

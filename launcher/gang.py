@@ -55,13 +55,17 @@ class _Node:
 
 
 class Gang:
-    """The state of one run under one supervisor. `handle_*` methods return the actions to take, in order."""
+    """The state of one run under one supervisor. Its methods are events, and return the actions to take, in order.
+
+    together: the agents are one srun, so that where one is lost all are started again; restarts: failures that count
+    against `max_restarts` already.
+    """
 
     def __init__(self, slots: list[int], *, first_attempt: int, max_restarts: int, grace_s: float,
-                 master_port: int | None = None) -> None:  # fmt: skip
+                 master_port: int | None = None, together: bool = False, restarts: int = 0) -> None:  # fmt: skip
         self.nodes = [_Node(procs) for procs in slots]
         self.attempt = first_attempt
-        self.restarts = 0
+        self.restarts = restarts
         self.phase = Phase.MEETING
         self.exits: dict[int, RankExit] = {}
         self.outcome: Outcome | None = None
@@ -69,6 +73,7 @@ class Gang:
         self._max_restarts = max_restarts
         self._grace_s = grace_s
         self._master_port = master_port
+        self._together = together
         self._hurried = False
         self._hopeless: int | None = None
 
@@ -161,8 +166,8 @@ class Gang:
             actions = self._tell({"abort": {}})
         return actions + self._next_if_quiet()
 
-    def stop(self, cause: str) -> list[Action]:
-        """A request to save and leave; a second one ends the grace."""
+    def stop(self, cause: str, grace_s: float | None = None) -> list[Action]:
+        """A request to save and leave, within `grace_s` if it is not the usual; a second one ends the grace."""
         if self.phase is Phase.ENDED:
             return []
         if self.stop_cause is not None:
@@ -171,6 +176,7 @@ class Gang:
             self._hurried = True
             return self._tell({"kill": {}})
         self.stop_cause = cause
+        self._grace_s = self._grace_s if grace_s is None else grace_s
         if self.phase is Phase.MEETING:
             return self._end(Outcome("stopped", 75, cause))
         if self.phase is Phase.HOSTING:
@@ -181,6 +187,11 @@ class Gang:
         first = self.phase is Phase.RUNNING
         self.phase = Phase.STOPPING
         return self._tell({"stop": {"grace_s": self._grace_s}}) if first else []
+
+    def sooner(self, cause: str, grace_s: float) -> list[Action]:
+        """A stop is under way, and less time is left for it than was said."""
+        self.stop_cause, self._grace_s = cause, grace_s
+        return self._tell({"stop": {"grace_s": grace_s}}) if self.phase is Phase.STOPPING else []
 
     def _tell(self, message: dict[str, Any]) -> list[Action]:
         return [Action("send", i, message) for i, node in enumerate(self.nodes) if node.here and not node.drained]
@@ -218,6 +229,10 @@ class Gang:
                     outcome=Outcome("failed", 1, cause, root),
                 )
             ]
+            if gone and self._together:
+                for node in self.nodes:
+                    node.here = False
+                return [*actions, Action("respawn")]
             actions += [Action("respawn", i) for i, _ in gone]
             return actions + self._meet()
         code = root.exit_code if root is not None else 1

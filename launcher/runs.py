@@ -83,6 +83,18 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return data
 
 
+def _lock(descriptor: int, wait_s: float) -> None:
+    deadline = time.monotonic() + wait_s
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                raise
+        time.sleep(0.2)
+
+
 class RunFolder:
     """An open run folder, locked against a second launch until it is closed."""
 
@@ -97,8 +109,8 @@ class RunFolder:
         return self.path.name
 
     @classmethod
-    def open(cls, path: Path, spec: LaunchSpec | None) -> RunFolder:
-        """Create the run, or take an existing one up again.
+    def open(cls, path: Path, spec: LaunchSpec | None, *, wait_s: float = 0.0) -> RunFolder:
+        """Create the run, or take an existing one up again; one that another launch holds is awaited for `wait_s`.
 
         With `spec=None` the run must exist and its own spec is used (`launch resume`). Raises `RunError` if another
         launch holds it, if the folder holds something else, or if it is a run of another program.
@@ -128,7 +140,7 @@ class RunFolder:
         except OSError as error:
             raise RunError(f"the run folder {path} cannot be written: {error.strerror}; give one with --run") from error
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(lock, wait_s)
         except OSError as error:
             holder = os.pread(lock, 200, 0).decode(errors="replace").strip() or "another launch"
             os.close(lock)

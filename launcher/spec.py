@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from launcher.errors import UsageError
 
-__all__ = ["LaunchSpec", "Meeting", "Output", "Program", "keeps_terminal"]
+__all__ = ["LaunchSpec", "Meeting", "Output", "Program", "Slurm", "keeps_terminal"]
 
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
@@ -95,12 +95,36 @@ class Meeting:
 
 
 @dataclass(frozen=True)
+class Slurm:
+    """What a run asks of Slurm, and how it goes on there.
+
+    options: sbatch's, by their long names (True: an option without a value); setup: shell lines before the launcher.
+    requeue: after a stop the same job runs again ("yes"), a new job goes on ("resubmit"), or nothing does ("no").
+    max_timeouts: time limits to go on after (None: as many as there is progress between them); stop_lead_s: how long
+    before the time limit the ranks are told (None: as long as saves were seen to take).
+    """
+
+    options: dict[str, str | int | bool] = field(default_factory=dict)
+    setup: tuple[str, ...] = ()
+    requeue: Literal["yes", "resubmit", "no"] = "yes"
+    max_timeouts: int | None = None
+    stop_lead_s: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_timeouts is not None and self.max_timeouts < 0:
+            raise UsageError(f"--max-timeouts is {self.max_timeouts}; it must be a whole number >= 0")
+        if self.stop_lead_s is not None and not self.stop_lead_s >= 0:
+            raise UsageError(f"--stop-lead is {self.stop_lead_s!r}; it must be a number of seconds >= 0")
+
+
+@dataclass(frozen=True)
 class LaunchSpec:
     """One launch, checked on construction.
 
     nodes: how many agents; procs: ranks per node; device: what `procs` counts ("gpu": one GPU each, "cpu": GPUs are
     hidden from the ranks, "any": the environment is left alone, torchrun's `--nproc-per-node N`).
-    grace_s: seconds from SIGTERM to SIGKILL after a stop request.
+    grace_s: seconds from SIGTERM to SIGKILL after a stop request (None: until the scheduler's deadline, 30 where there
+    is none).
     """
 
     program: Program
@@ -109,10 +133,11 @@ class LaunchSpec:
     procs: int = 1
     device: Literal["gpu", "cpu", "any"] = "any"
     max_restarts: int = 0
-    grace_s: float = 30.0
+    grace_s: float | None = None
     preload: tuple[str, ...] = ("torch",)
     output: Output = field(default_factory=Output)
     meeting: Meeting | None = None
+    slurm: Slurm | None = None
     role: str = "default"
     local_addr: str | None = None
     master_port: int | None = None
@@ -125,7 +150,7 @@ class LaunchSpec:
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise UsageError(f"{name.replace('_', '-')} is {value!r}; it must be a whole number >= {least}")
-        if not self.grace_s >= 0:
+        if self.grace_s is not None and not self.grace_s >= 0:
             raise UsageError(f"--grace is {self.grace_s!r}; it must be a number of seconds >= 0")
         for name in self.preload:
             if not all(part.isidentifier() for part in name.split(".")):
@@ -139,6 +164,11 @@ class LaunchSpec:
     @property
     def world_size(self) -> int:
         return self.nodes * self.procs
+
+    @property
+    def grace(self) -> float:
+        """Seconds from SIGTERM to SIGKILL where nobody else sets a deadline."""
+        return 30.0 if self.grace_s is None else self.grace_s
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -156,12 +186,16 @@ class LaunchSpec:
             output["local_ranks_filter"] = tuple(output["local_ranks_filter"])
             output["show_ranks"] = None if output["show_ranks"] is None else tuple(output["show_ranks"])
             meeting = fields.pop("meeting")
+            slurm = fields.pop("slurm")
+            if slurm is not None:
+                slurm = Slurm(**slurm | {"setup": tuple(slurm["setup"])})
             for name in ("preload", "stop_signals"):
                 fields[name] = tuple(fields[name])
             return cls(
                 program=Program(**program),
                 output=Output(**output),
                 meeting=None if meeting is None else Meeting(**meeting),
+                slurm=slurm,
                 **fields,
             )
         except (KeyError, TypeError, AttributeError) as error:

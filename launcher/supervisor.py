@@ -16,12 +16,12 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from launcher.channel import Channel, Message, keep_alive, pair
-from launcher.errors import LaunchError, MeetingError, UsageError
+from launcher.errors import ClusterError, LaunchError, MeetingError, UsageError
 from launcher.failure import RankExit, render, signal_name
 from launcher.gang import Action, Gang, Outcome, Phase
 from launcher.processes import end_descendants, start_ticks
@@ -31,10 +31,11 @@ from launcher.runs import write_json
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from launcher.backends.slurm_stop import Stop
     from launcher.runs import RunFolder
     from launcher.spec import LaunchSpec
 
-__all__ = ["Supervisor", "agent_command", "report", "spec_pipe", "stop_signals"]
+__all__ = ["Supervisor", "agent_command", "python_command", "report", "spec_pipe", "stop_signals"]
 
 _ROOT = str(Path(__file__).resolve().parent.parent)
 # The launcher must be found wherever it was installed, and nothing of it may be importable by accident: neither the
@@ -43,14 +44,40 @@ _ROOT = str(Path(__file__).resolve().parent.parent)
 _BOOTSTRAP = """
 import sys
 sys.path[: not getattr(sys.flags, "safe_path", False)] = [{root!r}]
-from launcher.agent import bootstrap
+from {module} import bootstrap
 del sys.path[0]
 bootstrap()
 """
 
 
+def python_command(module: str, *words: str) -> list[str]:
+    """A command that runs `bootstrap()` of one of the launcher's own modules in a fresh interpreter."""
+    return [sys.executable, "-c", _BOOTSTRAP.format(root=_ROOT, module=module), *words]
+
+
 def agent_command(*where: str) -> list[str]:
-    return [sys.executable, "-c", _BOOTSTRAP.format(root=_ROOT), *where]
+    return python_command("launcher.agent", *where)
+
+
+class Scheduler(Protocol):
+    """The job that a supervisor works in, as its scheduler knows it."""
+
+    def start_agents(self, port: int, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+        """One agent on every node, each connecting to `port` here; the process ends with the last of them."""
+
+    def stop_now(self, number: int | None) -> Stop | None:
+        """What the scheduler is stopping the job for, after a signal came (`number`) or without one; None: nothing."""
+
+    def stop_at(self, save_s: float | None) -> float | None:
+        """When (seconds since 1970) the ranks are to be told of the time limit, with saves that take `save_s`."""
+
+    @property
+    def orphan_grace_s(self) -> float:
+        """How long the ranks have to leave when the supervisor is killed."""
+
+    @property
+    def heir(self) -> list[str]:
+        """What node 0's agent becomes when the supervisor is killed."""
 
 
 @dataclass
@@ -89,7 +116,8 @@ class Supervisor:
     """Runs one job to its outcome.
 
     local: the node ranks of the agents to spawn here (None: by order of arrival); listener: where agents that others
-    start connect, with `token`; say: how to tell a person (one line at a time).
+    start connect, with `token`; say: how to tell a person (one line at a time). scheduler: starts all agents instead,
+    and knows why and until when the job is stopped; restarts: failures that count already.
     """
 
     def __init__(
@@ -103,6 +131,8 @@ class Supervisor:
         own_session: bool = True,
         join_timeout_s: float = 600.0,
         where: str = "",
+        scheduler: Scheduler | None = None,
+        restarts: int = 0,
     ) -> None:
         spec = run.spec
         state = run.state()
@@ -111,9 +141,17 @@ class Supervisor:
             [spec.procs] * spec.nodes,
             first_attempt=int(state.get("attempt", -1)) + 1,
             max_restarts=spec.max_restarts,
-            grace_s=spec.grace_s,
+            grace_s=spec.grace,
             master_port=spec.master_port,
+            together=scheduler is not None,
+            restarts=restarts,
         )
+        self._host_of: dict[int, str] = {}
+        self.unreachable: set[str] = set()  # hosts that fell silent
+        self._scheduler = scheduler
+        self._step: subprocess.Popen[bytes] | None = None  # the scheduler's way to the agents
+        self._stop_by: float | None = None  # seconds since 1970, of a stop that is under way
+        self._inquired = 0.0
         self._say = say
         self._local = local
         self._listener = listener
@@ -136,6 +174,8 @@ class Supervisor:
         """Bring the run to its end; the outcome is also in the run folder."""
         wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         handled = stop_signals(self.run.spec) | {signal.SIGCHLD}
+        if self._scheduler is not None:
+            handled |= {signal.SIGUSR1, signal.SIGUSR2}  # what sbatch --signal is usually told to send
         old = {number: signal.signal(number, self._note_signal) for number in handled}
         if not self._own_session:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # the rank on the terminal gets it from the terminal
@@ -154,6 +194,7 @@ class Supervisor:
             )
             for node_rank in self._local:
                 self._spawn(node_rank)
+            self._start_step()
             while self.gang.phase is not Phase.ENDED:
                 self._turn(wake_read)
             if self._ran:
@@ -170,15 +211,25 @@ class Supervisor:
             os.close(wake_read)
             os.close(wake_write)
 
+    @property
+    def progress(self) -> Progress | None:
+        """Of the last attempt's ranks that have ended."""
+        return self._progress
+
+    @property
+    def lost(self) -> dict[str, str]:
+        """Hosts whose agents went away unasked, and how, where that is why the run ended."""
+        outcome = self.gang.outcome
+        if outcome is None or outcome.status != "failed" or outcome.root is not None:
+            return {}
+        return {self._host_of.get(i, f"node {i}"): n.gone for i, n in enumerate(self.gang.nodes) if n.gone is not None}
+
     def _note_signal(self, number: int, _: Any) -> None:
         if number != signal.SIGCHLD:
             self._signals.append(number)
 
     def _turn(self, wake_read: int) -> None:
-        timeout = None
-        if self.gang.phase is Phase.MEETING:
-            timeout = max(0.0, self._meet_by - time.monotonic())
-        for key, _ in self._selector.select(timeout):
+        for key, _ in self._selector.select(self._until_next()):
             if key.data == "wake":
                 with contextlib.suppress(BlockingIOError):
                     while os.read(wake_read, 4096):
@@ -189,9 +240,13 @@ class Supervisor:
                 self._hear(key.data)
         while self._signals:
             number = self._signals.pop(0)
+            if self._scheduler is not None and number != signal.SIGINT:
+                self._inquire(number)
+                continue
             if self.gang.stop_cause is not None:
                 self._say(f"{signal_name(number)} again: the ranks are killed now")
             self._stop(signal_name(number))
+        self._watch_scheduler()
         if self.gang.phase is Phase.MEETING and time.monotonic() >= self._meet_by:
             raise MeetingError(
                 f"node{'s' if len(self.gang.missing) > 1 else ''} {', '.join(map(str, self.gang.missing))} of "
@@ -199,15 +254,76 @@ class Supervisor:
                 + (f"; awaited at {self._where}" if self._where else "")
             )
 
-    def _stop(self, cause: str) -> None:
+    def _until_next(self) -> float | None:
+        """Seconds until something is due that no event announces."""
+        due = []
+        if self.gang.phase is Phase.MEETING:
+            due.append(self._meet_by - time.monotonic())
+        if (at := self._warning()) is not None:
+            due.append(at - time.time())
+        return max(0.0, min(due)) if due else None
+
+    def _stop(self, cause: str, grace_s: float | None = None) -> None:
         if self.gang.stop_cause is None and self.gang.phase in (Phase.RUNNING, Phase.STOPPING):
-            self.run.write_stop(self.gang.attempt, cause, time.time() + self.run.spec.grace_s)
-            self.run.event("stop", cause=cause, attempt=self.gang.attempt)
+            seconds = self.run.spec.grace if grace_s is None else grace_s
+            self.run.write_stop(self.gang.attempt, cause, time.time() + seconds)
+            self.run.event("stop", cause=cause, attempt=self.gang.attempt, grace_s=round(seconds, 3))
             if self._own_session:
-                self._say(
-                    f"{cause}: asking the ranks to save and leave, {self.run.spec.grace_s:g} s from now they are killed"
-                )
-        self._do(self.gang.stop(cause))
+                self._say(f"{cause}: asking the ranks to save and leave, {seconds:.3g} s from now they are killed")
+        self._do(self.gang.stop(cause, grace_s))
+
+    # -------------------------------------------------------------------------------------------- the scheduler
+
+    def _start_step(self) -> None:
+        if self._scheduler is not None and self._listener is not None:
+            environment = self._child_environment | {"LAUNCH_TOKEN": self._token}
+            self._step = self._scheduler.start_agents(self._listener.getsockname()[1], environment)
+
+    def _watch_scheduler(self) -> None:
+        """What comes from the scheduler without a signal: the end of its step, and the time limit."""
+        if self._step is not None and self.gang.phase is Phase.MEETING and self._step.poll() is not None:
+            raise ClusterError(
+                f"srun ended with code {self._step.returncode} before all nodes were there; what it said stands above"
+            )
+        at = self._warning()
+        if at is not None and time.time() >= at:
+            self._inquire(None)
+
+    def _warning(self) -> float | None:
+        if self._scheduler is None or self.gang.stop_cause is not None:
+            return None
+        return self._scheduler.stop_at(None if self._progress is None else self._progress.save_s)
+
+    def _inquire(self, number: int | None) -> bool:
+        """Find out why the job is stopped, if it is, and tell the ranks; returns whether it is.
+
+        Slurm signals every process on every node, and each agent passes its own on.
+        """
+        if self._scheduler is None or (self.gang.stop_cause is not None and time.monotonic() - self._inquired < 1):
+            return self.gang.stop_cause is not None
+        stop = self._scheduler.stop_now(number)
+        self._inquired = time.monotonic()
+        if stop is None:
+            return False
+        if self.gang.stop_cause is None:
+            self._stop_by = stop.deadline
+            unnamed = stop.cause in ("signalled", "unknown") and number is not None
+            self._stop(signal_name(number or 0) if unnamed else stop.cause, self._grace(stop.deadline))
+        elif stop.deadline is not None and (self._stop_by is None or stop.deadline < self._stop_by - 1):
+            self._stop_by = stop.deadline
+            self.run.event("stop", cause=stop.cause, attempt=self.gang.attempt)
+            self._say(f"{stop.cause}: less time is left")
+            self._do(self.gang.sooner(stop.cause, self._grace(stop.deadline)))
+        return True
+
+    def _grace(self, deadline: float | None) -> float:
+        """Seconds for the ranks before a deadline, after which there is still time to record it and to requeue."""
+        given = self.run.spec.grace_s
+        if deadline is None:
+            return self.run.spec.grace
+        left = max(0.0, deadline - time.time())
+        left -= min(2.0, left / 4)
+        return left if given is None else min(left, given)
 
     # -------------------------------------------------------------------------------------------- agents
 
@@ -251,11 +367,15 @@ class Supervisor:
             self._do(self.gang.store_ready(message["attempt"], message["store"]["addr"], message["store"]["port"]))
         elif "exited" in message:
             ended = RankExit.from_json(message["exited"]).on_clock(agent.shift_ns)
+            if ended.failed and self.gang.phase is Phase.RUNNING and self._inquire(None):
+                ended = replace(ended, asked=True)  # of the scheduler's signal, which came before our own word
             if message["attempt"] == self.gang.attempt and message["progress"] is not None:
                 self._progress = Progress(**message["progress"]).and_of(self._progress)
             self._do(self.gang.rank_exited(message["attempt"], ended))
         elif "drained" in message:
             self._do(self.gang.node_drained(agent.index, message["attempt"]))
+        elif "signalled" in message and self._scheduler is not None:
+            self._inquire(message["signalled"])
         elif "signalled" in message:
             self._stop(f"{signal_name(message['signalled'])} to the agent of node {agent.index}")
 
@@ -277,11 +397,20 @@ class Supervisor:
             self._refuse(agent, f"node rank {index} is taken by another node; give each its own --node-rank")
             return
         agent.index, agent.joined, agent.host = index, True, str(hello["host"])
+        self._host_of[index] = agent.host
         if agent.process is not None:
             self._spawned.add(index)
         else:
             agent.shift_ns = time.monotonic_ns() - hello["now_ns"]
-        agent.link.send({"spec": self.run.spec.to_json(), "run_id": self.run.run_id, "run_dir": str(self.run.path)})
+        agent.link.send(
+            {
+                "spec": self.run.spec.to_json(),
+                "run_id": self.run.run_id,
+                "run_dir": str(self.run.path),
+                "heir": self._scheduler.heir if self._scheduler is not None and index == 0 else [],
+                "orphan_grace_s": None if self._scheduler is None else self._scheduler.orphan_grace_s,
+            }
+        )
         procs = hello["procs"] if isinstance(hello["procs"], int) else self.run.spec.procs
         self._do(self.gang.node_here(index, procs, self._address_of(agent, hello)))
 
@@ -314,6 +443,9 @@ class Supervisor:
         if agent.process is not None:
             code = agent.process.wait()
             how = f"its agent was killed by {signal_name(-code)}" if code < 0 else f"its agent left with code {code}"
+        elif agent.link.unreachable:
+            how = f"{agent.host} no longer answers"
+            self.unreachable.add(agent.host)
         how = agent.why or how
         if agent.index is None:
             if agent.process is not None:
@@ -321,6 +453,8 @@ class Supervisor:
                     raise UsageError(how)
                 raise LaunchError(f"an agent on this machine ended before it began: {how}")
             return
+        if self.gang.phase is Phase.RUNNING:
+            self._inquire(None)
         self._do(self.gang.node_gone(agent.index, how, hopeless=agent.hopeless))
 
     # -------------------------------------------------------------------------------------------- actions
@@ -338,13 +472,33 @@ class Supervisor:
                 self._restarting(action)
             elif action.kind == "respawn":
                 self._meet_by = time.monotonic() + self._join_timeout_s
-                if action.node in self._spawned:
+                if self._step is not None:
+                    self._end_step()
+                    self._start_step()
+                elif action.node in self._spawned:
                     self._spawn(action.node)
             elif action.kind == "end":
                 assert action.outcome is not None
-                for agent in list(self._agents):
-                    with contextlib.suppress(ConnectionError):
-                        agent.link.send({"end": {"code": action.outcome.code}})
+                self._dismiss(action.outcome.code)
+
+    def _dismiss(self, code: int) -> None:
+        """Tell every agent to leave."""
+        for agent in list(self._agents):
+            with contextlib.suppress(ConnectionError):
+                # srun kills the others when one leaves with another code, and with them what they still have to say.
+                agent.link.send({"end": {"code": code if self._step is None else 0}})
+
+    def _end_step(self, timeout_s: float = 10.0) -> None:
+        """Have all agents of the step leave; its process is gone when this returns."""
+        assert self._step is not None
+        self._dismiss(0)
+        for agent in list(self._agents):
+            self._drop(agent)
+        try:
+            self._step.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            self._step.kill()  # one of its nodes no longer answers
+            self._step.wait()
 
     def _send(self, node: int, message: Message) -> None:
         for agent in self._agents:
@@ -374,11 +528,13 @@ class Supervisor:
             if agent.process is not None:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     agent.process.wait(max(0.01, deadline - time.monotonic()))
+        if self._step is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._step.wait(max(0.01, deadline - time.monotonic()))
 
     def _hosts(self) -> list[str]:
         """The hosts of this attempt, in the order of their nodes."""
-        by_index = {a.index: a.host for a in self._agents if a.index is not None}
-        return [by_index.get(i, "") for i in range(len(self.gang.nodes))]
+        return [self._host_of.get(i, "") for i in range(len(self.gang.nodes))]
 
     def _progress_json(self) -> dict[str, Any] | None:
         return None if self._progress is None else self._progress.to_json()
@@ -414,6 +570,8 @@ class Supervisor:
 
     def _put_down(self) -> None:
         """Nothing that was started here is left, however this ends."""
+        if self._step is not None:
+            self._end_step(4 if self._ran else 0.1)
         for agent in list(self._agents):
             self._drop(agent)  # an agent without its supervisor stops its ranks and leaves
             if agent.process is not None:

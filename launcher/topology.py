@@ -80,7 +80,7 @@ def rank_environment(
         LAUNCH_RUN_ID=run_id,
         LAUNCH_RUN_DIR=run_dir,
         LAUNCH_ATTEMPT=str(world.attempt),
-        LAUNCH_GRACE_S=f"{spec.grace_s:g}",
+        LAUNCH_GRACE_S=f"{spec.grace:g}",
     )
     environment.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
     if local_size > 1:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import subprocess
 import time
 import uuid
 from typing import TYPE_CHECKING, Any
@@ -21,6 +20,7 @@ from submitit.slurm import slurm
 from launcher.backends import slurm_notation as notation
 from launcher.backends.slurm_records import SACCT, SQUEUE, JobRecord, merge, query_environment, read_sacct, read_squeue
 from launcher.backends.slurm_script import batch_script, submission_environment
+from launcher.backends.slurm_tools import ask, call
 from launcher.errors import ClusterError, UsageError
 
 if TYPE_CHECKING:
@@ -31,36 +31,10 @@ if TYPE_CHECKING:
 
     from launcher.backends.slurm_script import Value
 
-__all__ = ["BatchExecutor", "BatchJob", "States", "ask"]
+__all__ = ["BatchExecutor", "BatchJob", "States"]
 
-# slurmctld answers in milliseconds or is in trouble; its own tools give up after MessageTimeout (10 s by default),
-# several times over when there is a backup controller.
-_ANSWER_S = 60.0
 # submitit replaces the first four wherever they stand; a backslash makes Slurm replace nothing at all.
 _MARKS = ("%j", "%t", "%A", "%a", "\\")
-
-
-def ask(*command: str, environ: Mapping[str, str], stdin: bytes = b"", timeout_s: float = _ANSWER_S) -> str:
-    """What one of Slurm's tools printed; `ClusterError` in the tool's own words if it fails or does not answer."""
-    return _call(command, environ, stdin, timeout_s).stdout.decode(errors="replace")
-
-
-def _call(
-    command: Sequence[str], environ: Mapping[str, str], stdin: bytes, timeout_s: float = _ANSWER_S
-) -> subprocess.CompletedProcess[bytes]:
-    tool = command[0]
-    try:
-        done = subprocess.run(
-            command, env=dict(environ), input=stdin, capture_output=True, timeout=timeout_s, check=False
-        )
-    except FileNotFoundError as error:
-        raise ClusterError(f"there is no {tool} on PATH: Slurm cannot be reached from this host") from error
-    except subprocess.TimeoutExpired as error:
-        raise ClusterError(f"{tool} gave no answer within {timeout_s:g} s: slurmctld may be down") from error
-    if done.returncode:
-        words = (done.stderr.strip() or done.stdout.strip()).decode(errors="replace") or "no word of why"
-        raise ClusterError(f"{tool} failed with code {done.returncode}: {words}")
-    return done
 
 
 class States(slurm.SlurmInfoWatcher):
@@ -192,7 +166,7 @@ class BatchExecutor(slurm.SlurmExecutor):
 
     def test(self, array: str | None = None) -> str:
         """Have Slurm check the script without submitting it: its words on when and where the job would start."""
-        done = _call(["sbatch", "--test-only"], self.submission_environment(), os.fsencode(self.script(array)))
+        done = call(["sbatch", "--test-only"], self.submission_environment(), os.fsencode(self.script(array)))
         return done.stderr.decode(errors="replace").replace("sbatch: ", "").strip()
 
     # ------------------------------------------------------------------------------------------ submitting

@@ -52,7 +52,7 @@ def test_json_both_ways(spec: LaunchSpec) -> None:
 
 
 @pytest.mark.parametrize(
-    "damage", [{"program": None}, {"nodes": "2"}, {"unknown": 1}, {"output": {}}, {"grace_s": None}]
+    "damage", [{"program": None}, {"nodes": "2"}, {"unknown": 1}, {"output": {}}, {"grace_s": "long"}]
 )
 def test_records_of_other_versions_are_refused(damage: dict) -> None:
     with pytest.raises(UsageError):

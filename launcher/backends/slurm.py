@@ -1,0 +1,95 @@
+"""On the login node: a run becomes a job. Importing this module imports submitit (0.06 s)."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from launcher.backends import slurm_job
+from launcher.backends.slurm_submission import BatchExecutor
+from launcher.errors import UsageError
+from launcher.runs import write_json
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from launcher.runs import RunFolder
+    from launcher.spec import LaunchSpec
+
+__all__ = ["executor", "submit", "submit_run"]
+
+# What only one host sees, wherever it is mounted.
+_IN_MEMORY = {"tmpfs", "ramfs", "devtmpfs"}
+
+
+def executor(folder: Path, spec: LaunchSpec, environ: Mapping[str, str] | None = None) -> BatchExecutor:
+    """What submits `spec` with `folder` (a run's, or an array's) as the place of its files. Raises `UsageError`."""
+    assert spec.slurm is not None
+    options = dict(spec.slurm.options)
+    options.setdefault("job-name", folder.name)
+    options["chdir"] = spec.cwd
+    options["no-requeue" if spec.slurm.requeue == "no" else "requeue"] = True
+    return BatchExecutor(
+        folder, slurm_job.command(folder), options=options, setup=spec.slurm.setup, environ=environ or os.environ
+    )
+
+
+def check_shared(folder: Path) -> None:
+    """Raise `UsageError` if no other host can see the folder. Whether all nodes do is known only on the nodes."""
+    kind = _file_system(folder)
+    if kind in _IN_MEMORY:
+        raise UsageError(
+            f"{folder} is on a {kind}, which only this host sees; put the run on a file system that the nodes share "
+            "with --run DIR"
+        )
+
+
+def _file_system(folder: Path) -> str:
+    """The type of the file system that holds a path, or its nearest parent that exists."""
+    here, best, kind = str(folder.resolve()), "", ""
+    for line in Path("/proc/mounts").read_text(errors="replace").splitlines():
+        _, where, type_, *_ = line.split()
+        point = where.replace("\\040", " ")
+        if len(point) >= len(best) and (here == point or here.startswith(point.rstrip("/") + "/")):
+            best, kind = point, type_
+    return kind
+
+
+def submit(
+    folder: Path, spec: LaunchSpec, *, array: str | None = None, environ: Mapping[str, str] | None = None
+) -> str:
+    """Submit one job, or with `array` (like `0-9%4`) one per index, after Slurm was asked whether it would take it.
+
+    folder: of the run, or of the array. Returns the job's id, which slurm.json in the folder has as well. Raises
+    `UsageError` and, in Slurm's own words, `ClusterError`.
+    """
+    assert spec.slurm is not None
+    check_shared(folder)
+    sender = executor(folder, spec, environ)
+    sender.test(array)
+    submitted = time.time()
+    jobs = sender.submit_batch(array)
+    job_id = str(jobs[0].job_id).partition("_")[0]
+    name = "%j" if array is None else "%A_%a"
+    write_json(
+        folder / "slurm.json",
+        {
+            "job_id": job_id,
+            "submitted": submitted,
+            "array": array,
+            "script": str(folder / f"{job_id}_submission.sh"),
+            "output": str(folder / f"{name}_0_log.out").replace("%j", job_id).replace("%A", job_id),
+            "options": spec.slurm.options,
+        },
+    )
+    return job_id
+
+
+def submit_run(folder: RunFolder) -> str:
+    """Submit a run, which starts with fresh budgets; returns the job's id."""
+    folder.set_state(ledger={}, goes_on=True)
+    job_id = submit(folder.path, folder.spec)
+    folder.event("submitted", job_id=job_id)
+    return job_id

@@ -1,0 +1,313 @@
+"""Inside a job: the body of the batch script, and a launch in an allocation that somebody else made.
+
+The body takes the place of the batch script's shell. It starts one agent per node by one srun, learns from Slurm why
+and until when the job is being stopped, and at the end decides whether the run goes on, and sees to that exactly once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launcher.backends.slurm_records import SCONTROL, JobRecord, query_environment, read_scontrol
+from launcher.backends.slurm_requeue import Ledger, Verdict, decide
+from launcher.backends.slurm_stop import Stop, grace_of_partition, kill_wait_of_config, why
+from launcher.backends.slurm_tools import ask
+from launcher.errors import ClusterError, LaunchError, RunError
+from launcher.gang import Outcome
+from launcher.processes import become_subreaper
+from launcher.runs import RunFolder
+from launcher.supervisor import Supervisor, agent_command, python_command, report
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from launcher.spec import LaunchSpec
+
+__all__ = ["Job", "bootstrap", "command", "run"]
+
+# Slurm is asked in a hurry: processes are being killed.
+_HURRY_S = 5.0
+# Until a save was measured, so long before the time limit, but at most this part of it.
+_FIRST_LEAD_S = 60.0
+_LEAD_PART = 0.25
+
+
+@dataclass(frozen=True)
+class _Now:
+    """The job as `scontrol show job` tells of it."""
+
+    record: JobRecord
+    batch: bool
+    requeues: bool
+
+
+class Job:
+    """The job that this process is in. Raises `ClusterError` if slurmctld does not say what it is."""
+
+    def __init__(self, spec: LaunchSpec, folder: Path, save_s: float | None = None) -> None:
+        assert spec.slurm is not None
+        self.job_id = os.environ["SLURM_JOB_ID"]
+        self.restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+        self.stop: Stop | None = None
+        self.signal: int | None = None  # what came with the stop
+        self._spec = spec
+        self._folder = folder
+        self.slurm = spec.slurm
+        self._save_s = save_s
+        self._environ = query_environment(os.environ)
+        now = self._patiently(self._ask)
+        self.before, self.batch, self.requeues = now.record, now.batch, now.requeues
+        partition = self.before.partition
+        self._grace_s = grace_of_partition(self._tool("scontrol", "show", "partition", partition))
+        self._kill_wait_s = kill_wait_of_config(self._tool("scontrol", "show", "config"))
+
+    def _tool(self, *words: str, timeout_s: float = 60.0) -> str:
+        return ask(*words, environ=self._environ, timeout_s=timeout_s)
+
+    def _patiently(self, call: Callable[[], Any], timeout_s: float = 60.0) -> Any:
+        """A slurmctld that is being restarted answers again in a moment."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            try:
+                return call()
+            except ClusterError:  # noqa: PERF203  # twice a second
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.5)
+
+    def _ask(self) -> _Now:
+        text = self._tool(*SCONTROL, self.job_id, timeout_s=_HURRY_S)
+        for record in read_scontrol(text).values():
+            if record.raw_id == self.job_id:
+                flags = re.search(r"^   Requeue=(\d+) .*\bBatchFlag=(\d+)", text, re.MULTILINE)
+                requeue, batch = flags.groups() if flags else ("0", "0")
+                return _Now(record, batch == "1", requeue == "1")
+        raise ClusterError(f"scontrol show job {self.job_id} answered {text!r}")
+
+    # ------------------------------------------------------------------------------------------ for the supervisor
+
+    def start_agents(self, port: int, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+        # Every option that a site's or a person's SLURM_* variables could change is said again; without -c a step of
+        # 22.05 has one CPU per task.
+        cpus = environment.get("SLURM_CPUS_PER_TASK")
+        words = ["srun", f"--nodes={self._spec.nodes}", f"--ntasks={self._spec.nodes}", "--ntasks-per-node=1",
+                 "--distribution=block", *([f"--cpus-per-task={cpus}"] if cpus else []), "--export=ALL", "--input=none",
+                 "--unbuffered", "--mpi=none", "--kill-on-bad-exit=1", f"--chdir={self._spec.cwd}"]  # fmt: skip
+        return subprocess.Popen(
+            [*words, *agent_command("srun", str(port))],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            # srun ends its step at once on the terminal's Ctrl-C; that is ours to hear.
+            start_new_session=True,
+        )
+
+    def stop_now(self, number: int | None) -> Stop | None:
+        at = time.time()
+        try:
+            now = self._ask().record
+        except ClusterError:
+            now = None
+        stop = why(self.before, now, at=at, grace_s=self._grace_s, kill_wait_s=self._kill_wait_s)
+        if now is not None and stop.cause in ("signalled", "preempted") and not stop.requeued:
+            self.before = now  # the time limit may have been moved
+        due = self.stop_at(None)
+        if stop.cause in ("signalled", "unknown") and due is not None and at >= due:
+            stop = Stop("time limit", self.before.end)
+        if stop.cause in ("signalled", "unknown") and number is None:
+            return None
+        self.stop, self.signal = stop, number
+        return stop
+
+    def stop_at(self, save_s: float | None) -> float | None:
+        if self.before.limit_s is None or self.before.end is None:
+            return None
+        self._save_s = save_s or self._save_s
+        return float(self.before.end - self.lead)
+
+    @property
+    def lead(self) -> float:
+        """Seconds before the time limit at which the ranks are told."""
+        if self.slurm.stop_lead_s is not None:
+            return self.slurm.stop_lead_s
+        most = _LEAD_PART * (self.before.limit_s or 0.0)
+        if self._save_s is None:
+            return min(_FIRST_LEAD_S, most)
+        # Half as long again as the slowest save, and what it takes to end the step and to requeue.
+        return max(min(1.5 * self._save_s + 10.0, (self.before.limit_s or 0.0) / 2), min(15.0, most))
+
+    @property
+    def orphan_grace_s(self) -> float:
+        # Slurm ends the steps when the batch script was killed; then there is still the requeue to do.
+        return max(1.0, self._kill_wait_s - 3.0)
+
+    @property
+    def heir(self) -> list[str]:
+        return python_command(__name__, "inherit", str(self._folder)) if self.batch else []
+
+    # ------------------------------------------------------------------------------------------ afterwards
+
+    def settle(self) -> Stop | None:
+        """What Slurm says of the stop now that the ranks have left: it may have been cancelled meanwhile."""
+        before = self.stop
+        later = self._patiently(lambda: self._answered(), 20.0)
+        return later if later is not None else before
+
+    def _answered(self) -> Stop | None:
+        self._ask()
+        return self.stop_now(None)
+
+    def requeue(self, exclude: list[str]) -> None:
+        """Put the job back into the queue. Slurm ends what is left of it, so little may come after this."""
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        self._patiently(lambda: self._tool("scontrol", "requeue", self.job_id, timeout_s=20.0))
+        if exclude:
+            # Refused while the job runs; it takes a moment after the requeue until it does not.
+            with contextlib.suppress(ClusterError):
+                self._patiently(
+                    lambda: self._tool(
+                        "scontrol", "update", f"JobId={self.job_id}", f"ExcNodeList={','.join(exclude)}"
+                    ),
+                    max(1.0, self._kill_wait_s - 1.0),
+                )
+
+
+def command(folder: Path) -> list[str]:
+    """What the batch script becomes, for a run's folder or the folder of an array of runs."""
+    return python_command("launcher.backends.slurm_job", str(folder))
+
+
+def bootstrap() -> None:
+    """Entry of the batch script's interpreter, and of the agent that takes a killed supervisor's place."""
+    words = sys.argv[1:]
+    try:
+        code = _inherit(Path(words[1])) if words[0] == "inherit" else _body(Path(words[0]))
+    except LaunchError as error:
+        _say(f"error: {error}")
+        code = error.exit_code
+    sys.stdout.flush()
+    sys.exit(code)
+
+
+def _say(line: str) -> None:
+    with contextlib.suppress(OSError, ValueError):
+        sys.stderr.write(f"launch: {line}\n")
+        sys.stderr.flush()
+
+
+def _body(folder: Path) -> int:
+    with _own_run(folder, os.environ) as run_folder:
+        return run(run_folder, _say)
+
+
+def _own_run(folder: Path, environ: Mapping[str, str]) -> RunFolder:
+    """The run of this job, or of this element of an array of runs. The last life may still be leaving."""
+    if not (folder / "array.json").is_file():
+        return RunFolder.open(folder, None, wait_s=120)
+    from launcher.arrays import Array
+
+    array, index = Array.read(folder), int(environ["SLURM_ARRAY_TASK_ID"])
+    return RunFolder.open(array.element(index).folder, array.spec_of(index), wait_s=120)
+
+
+def run(folder: RunFolder, say: Callable[[str], None]) -> int:
+    """Bring the run to its end in this job, or to where it goes on in a later one; returns the exit code."""
+    state = folder.state()
+    if state["status"] == "finished":
+        say(f"run {folder.run_id} is finished already (folder {folder.path}); nothing to do")
+        return 0
+    become_subreaper()
+    ledger = Ledger(**state.get("ledger", {}))
+    job = Job(folder.spec, folder.path, ledger.save_s)
+    record = job.before
+    folder.event("job", job_id=record.job_id, raw_id=job.job_id, restart=job.restart, nodes=list(record.nodes),
+                 partition=record.partition, submitted=record.submit, started=record.start, ends=record.end,
+                 attempt=int(state["attempt"]) + 1)  # fmt: skip
+    folder.set_state(job_id=record.job_id, raw_id=job.job_id, restart=job.restart)
+    spec = folder.spec
+    say(f"job {record.job_id} on {','.join(record.nodes)}, run {folder.run_id}, attempt {int(state['attempt']) + 1}: "
+        f"{spec.world_size} rank(s) on {spec.nodes} node(s), folder {folder.path}")  # fmt: skip
+    listener = socket.create_server(("", 0), family=socket.AF_INET, backlog=2048)
+    with listener:
+        supervisor = Supervisor(folder, local=(), say=say, listener=listener, token=secrets.token_hex(16),
+                                where=f"{socket.gethostname()} port {listener.getsockname()[1]}", scheduler=job,
+                                restarts=ledger.failures)  # fmt: skip
+        outcome = supervisor.work()
+    verdict = decide(
+        outcome,
+        job.settle(),
+        ledger,
+        job.slurm,
+        failures=supervisor.gang.restarts,
+        progress=supervisor.progress,
+        lost=supervisor.lost,
+    )
+    return _conclude(folder, job, outcome, verdict, say, sorted(supervisor.unreachable))
+
+
+def _conclude(
+    folder: RunFolder, job: Job, outcome: Outcome, verdict: Verdict, say: Callable[[str], None], silent: list[str]
+) -> int:
+    ledger = verdict.ledger
+    excluded = {**(ledger.excluded or {}), **dict.fromkeys(silent, outcome.cause)}
+    again = verdict.again and (verdict.by_slurm or (job.batch and job.requeues))
+    values = {"ledger": replace(ledger, excluded=excluded).to_json(), "goes_on": again}
+    folder.event("job-end", job_id=job.before.job_id, restart=job.restart, again=again, why=verdict.why)
+    if outcome.status == "finished":
+        folder.set_state(**values)
+        say(f"run {folder.run_id} finished")
+        return 0
+    if outcome.status == "failed":
+        say(f"run {folder.run_id} failed with exit code {outcome.code}")
+        say(report(outcome, folder))
+    if not again:
+        folder.set_state(**values)
+        more = f"; go on with: launch resume {folder.path}" if outcome.status == "stopped" else ""
+        say(f"run {folder.run_id} {outcome.status} ({verdict.why}){more}")
+        return outcome.code
+    folder.set_state(status="stopped", cause=verdict.why, **values)
+    if verdict.by_slurm:
+        say(f"{verdict.why}: Slurm has put the job back into the queue")
+        folder.event("requeued", job_id=job.before.job_id, restart=job.restart, by="Slurm")
+    elif _mark(folder.path, job, verdict.why, by="supervisor"):
+        say(f"{verdict.why}: the job goes back into the queue")
+        folder.event("requeued", job_id=job.before.job_id, restart=job.restart, by="supervisor")
+        job.requeue(sorted(excluded))
+    return outcome.code
+
+
+def _mark(folder: Path, job: Job, cause: str, *, by: str) -> bool:
+    """Whether this process is the one to requeue this life of the job: the first to make its marker is."""
+    # A slurmctld that lost its state gives a number out again; the time of submission keeps the two jobs apart.
+    path = folder / f"requeue-{job.job_id}-{job.restart}-{job.before.submit or 0:.0f}.json"
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        return False
+    with open(descriptor, "w") as file:
+        json.dump({"cause": cause, "by": by, "time": time.time()}, file)
+    return True
+
+
+def _inherit(path: Path) -> int:
+    """Node 0's agent, after the supervisor was killed: do what that would have done."""
+    with RunFolder.open(path, None, wait_s=10) as folder:
+        state = folder.state()
+        job = Job(folder.spec, path)
+        stop = job.stop_now(None)
+        outcome = Outcome("failed", 1, "the supervisor was killed")
+        verdict = decide(outcome, stop, Ledger(**state.get("ledger", {})), job.slurm, failures=0, progress=None,
+                         lost={socket.gethostname(): "the supervisor was killed"})  # fmt: skip
+        folder.event("supervisor-killed", job_id=job.before.job_id, restart=job.restart)
+        return _conclude(folder, job, outcome, verdict, _say, [])

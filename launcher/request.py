@@ -1,0 +1,396 @@
+"""Options -> what is to be done: the checked spec, under which name, and where."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from launcher.errors import UsageError
+from launcher.hardware import find_gpus
+from launcher.options import REFUSED, SBATCH, read
+from launcher.spec import LaunchSpec, Meeting, Output, Program, Slurm
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+__all__ = ["Request", "Surroundings", "parse"]
+
+# Asking for one of these is asking for a new job.
+_SUBMITS = (*SBATCH, "detach", "dry_run", "cpus_per_rank", "sbatch", "setup", "requeue", "max_timeouts", "stop_lead")
+
+
+_INSTEAD = {
+    "requeue": "; see --requeue",
+    "no-requeue": "; say --requeue no",
+    "ntasks": ": one per node; ranks are --gpus or --procs",
+    "output": ": a file in the run folder",
+    "error": ": a file in the run folder",
+}
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """Where `launch` was called: what decides between running here and submitting.
+
+    sbatch: whether a job can be submitted; job: the allocation that this process has; nodes: how many it has; step:
+    whether srun started this process, as one of `tasks` on `step_nodes` nodes.
+    """
+
+    sbatch: bool = False
+    job: str | None = None
+    nodes: int = 1
+    step: bool = False
+    tasks: int = 1
+    step_nodes: int = 1
+
+    @classmethod
+    def of(cls, environ: Mapping[str, str]) -> Surroundings:
+        """Read from the environment that Slurm gives to what it starts."""
+        job = environ.get("SLURM_JOB_ID")
+        step = environ.get("SLURM_STEP_ID", "")
+        return cls(
+            sbatch=shutil.which("sbatch") is not None,
+            job=job,
+            nodes=int(environ.get("SLURM_JOB_NUM_NODES", "1")),
+            # Large numbers are Slurm's own steps: salloc's shell is one where a site wants it on the first node.
+            step=job is not None and step.isdecimal() and int(step) < 1 << 31,
+            tasks=int(environ.get("SLURM_STEP_NUM_TASKS", "1")),
+            step_nodes=int(environ.get("SLURM_STEP_NUM_NODES", "1")),
+        )
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a command line asks for. where: on this machine ("here"), with nodes that are started one by one
+    ("meeting"), as a new job ("job"), in the allocation that this process has ("allocation"), as one node of it
+    ("step").
+    """
+
+    spec: LaunchSpec
+    where: Literal["here", "meeting", "job", "allocation", "step"]
+    name: str | None = None
+    detach: bool = False
+    dry_run: bool = False
+
+
+def parse(argv: Sequence[str], surroundings: Surroundings | None = None) -> Request:
+    """What a command line asks for, checked. Raises `UsageError`."""
+    o = read(argv)
+    where = _where(o, Surroundings.of(os.environ) if surroundings is None else surroundings)
+    spec = _spec_from(o, where)
+    place = "meeting" if spec.meeting is not None else where.place
+    return Request(spec, place, o["run"], o["detach"], o["dry_run"])
+
+
+@dataclass(frozen=True)
+class _Where:
+    place: Literal["here", "meeting", "job", "allocation", "step"]
+    nodes: int  # if no option says
+    sbatch: bool
+
+
+def _where(o: Mapping[str, Any], s: Surroundings) -> _Where:
+    """Where to run: what `--backend` says, else what the options and the surroundings imply."""
+    asked = [f"--{name.replace('_', '-')}" for name in _SUBMITS if o[name]]
+    if o["backend"] == "local":
+        if asked:
+            raise UsageError(f"{asked[0]} is for a Slurm job, --backend local runs here: leave one of them out")
+        return _Where("here", 1, s.sbatch)
+    if o["backend"] == "slurm" or (asked and s.job is None):
+        if not s.sbatch:
+            why = asked[0] if asked else "--backend slurm"
+            raise UsageError(f"{why} submits a Slurm job, but there is no sbatch on {socket.gethostname()}")
+        return _Where("job", 1, True)
+    by_hand = any(o[name] is not None for name in ("rdzv_endpoint", "node_rank", "master_addr")) or o["standalone"]
+    if s.job is not None:
+        if asked:
+            raise UsageError(
+                f"{asked[0]} asks for a new job, but this is inside job {s.job}: leave it out to run in this "
+                "allocation, or add --backend slurm to submit another job"
+            )
+        if s.step and s.tasks > s.step_nodes:
+            raise UsageError(
+                f"srun started {s.tasks} tasks on {s.step_nodes} node(s), but launch starts the ranks of a node "
+                "itself: give srun --ntasks-per-node=1, or leave srun out"
+            )
+        if not by_hand:
+            return _Where("step" if s.step else "allocation", s.step_nodes if s.step else s.nodes, True)
+    if o["nodes"] is not None and s.sbatch and not by_hand:
+        return _Where("job", 1, True)
+    return _Where("here", 1, s.sbatch)
+
+
+def _spec_from(o: dict[str, Any], where: _Where) -> LaunchSpec:
+    _refuse_unsupported(o)
+    cwd = Path.cwd()
+    program = _program(o)
+    program.check(cwd)
+    nodes, meeting = _nodes(o, where)
+    procs, device = _procs(o, where)
+    restarts, grace = o["max_restarts"], o["grace"]
+    settings: dict[str, Any] = {}
+    if o["signals_to_handle"]:
+        settings["stop_signals"] = tuple(s.strip() for s in o["signals_to_handle"].split(",") if s.strip())
+    preload = tuple(m.strip() for m in o["preload"].split(",") if m.strip()) if o["preload"] else ("torch",)
+    if o["no_preload"]:
+        if o["preload"]:
+            raise UsageError("--preload and --no-preload contradict each other: give one of them")
+        preload = ()
+    if o["virtual_local_rank"] and device == "cpu":
+        raise UsageError("--virtual-local-rank numbers GPUs; with --procs there are none")
+    return LaunchSpec(
+        program=program,
+        cwd=str(cwd),
+        nodes=nodes,
+        procs=procs,
+        device=device,
+        max_restarts=restarts,
+        grace_s=grace,
+        preload=preload,
+        output=_output(o),
+        meeting=meeting,
+        slurm=_slurm(o, where, nodes, procs, device),
+        role=o["role"],
+        local_addr=o["local_addr"],
+        master_port=o["master_port"] if meeting is None else None,
+        virtual_local_rank=o["virtual_local_rank"],
+        **settings,
+    )
+
+
+def _refuse_unsupported(o: dict[str, Any]) -> None:
+    """Say so instead of running without what was asked for."""
+    for name, why in REFUSED.items():
+        if o[name]:
+            raise UsageError(f"--{name.replace('_', '-')} is not supported: {why}")
+    if o["event_log_handler"] not in (None, "null"):
+        raise UsageError("--event-log-handler: only 'null'; events.jsonl in the run folder holds what happened")
+    if o["start_method"] not in (None, "spawn"):
+        raise UsageError(
+            f"--start-method {o['start_method']}: torchrun ignores it for scripts; here ranks are forked from a "
+            "preloaded process, or plain interpreters with --no-preload"
+        )
+
+
+def _program(o: dict[str, Any]) -> Program:
+    target, *args = o["program"]
+    if o["module"] and o["no_python"]:
+        raise UsageError("-m names a Python module, --no-python a program of another kind: give one of them")
+    kind = "module" if o["module"] else "command" if o["no_python"] else "script"
+    return Program(kind, target, tuple(args))  # type: ignore[arg-type]  # one of the three literals
+
+
+def _nodes(o: dict[str, Any], where: _Where) -> tuple[int, Meeting | None]:
+    if o["nodes"] is not None and o["nnodes"] is not None:
+        raise UsageError("--nodes and --nnodes are the same thing: give one of them")
+    if o["nnodes"] is not None and not re.fullmatch(r"\d+(:\d+)?", o["nnodes"]):
+        raise UsageError(f"--nnodes {o['nnodes']!r}: give N or MIN:MAX")
+    nodes = o["nodes"] if o["nodes"] is not None else where.nodes
+    if o["nnodes"] is not None:
+        least, _, most = o["nnodes"].partition(":")
+        if most and most != least:
+            raise UsageError(
+                f"--nnodes {o['nnodes']}: a number of nodes that changes is not supported; give one number"
+            )
+        nodes = int(least)
+    by_hand = o["rdzv_endpoint"] or o["node_rank"] is not None or o["master_addr"]
+    if o["standalone"] and nodes > 1:
+        raise UsageError(f"--standalone is one node, --nnodes asks for {nodes}")
+    if where.place != "here" or o["backend"] == "local":
+        if by_hand and nodes > 1:
+            who = "--backend local starts all nodes here" if where.place == "here" else "Slurm starts all nodes"
+            raise UsageError(f"{who}; leave --rdzv-endpoint, --node-rank and --master-addr out")
+        if where.place in ("allocation", "step") and not 0 < nodes <= where.nodes:
+            raise UsageError(f"{nodes} nodes: the {where.place} that this is in has {where.nodes}")
+        if where.place == "step" and nodes != where.nodes:
+            raise UsageError(f"{nodes} nodes: srun started this on {where.nodes}; leave --nodes out")
+        return nodes, None
+    if o["standalone"] or (nodes == 1 and not o["rdzv_endpoint"]):
+        if o["node_rank"]:
+            raise UsageError(f"--node-rank {o['node_rank']} of 1 node: give --nnodes and --rdzv-endpoint as well")
+        return nodes, None
+    if not by_hand:
+        if where.sbatch:
+            raise UsageError(f"--nnodes {nodes} without --rdzv-endpoint: for a Slurm job say --nodes {nodes}")
+        raise UsageError(
+            f"{nodes} nodes, but no word on where: there is no cluster scheduler on {socket.gethostname()}. "
+            "Rehearse them on this machine with --backend local, or start one launch per node with "
+            "--node-rank R --rdzv-endpoint HOST:PORT"
+        )
+    return nodes, _meeting(o, nodes)
+
+
+def _meeting(o: dict[str, Any], nodes: int) -> Meeting:
+    backend = o["rdzv_backend"] or "static"
+    if backend not in ("static", "c10d"):
+        raise UsageError(f"--rdzv-backend {backend!r} is not supported: static and c10d are")
+    conf: dict[str, str] = {}
+    for text in o["rdzv_conf"]:
+        for item in filter(None, text.split(",")):
+            key, equals, value = item.partition("=")
+            if not equals:
+                raise UsageError(f"--rdzv-conf {item!r}: give key=value pairs")
+            conf[key.strip()] = value.strip()
+    known = {"is_host", "timeout", "join_timeout", "read_timeout", "last_call_timeout", "close_timeout", "rank"}
+    if unknown := sorted(conf.keys() - known):
+        raise UsageError(f"--rdzv-conf {', '.join(unknown)}: not supported; known are {', '.join(sorted(known))}")
+    rank = o["node_rank"]
+    if rank is None and "rank" in conf:
+        if not conf["rank"].isdigit():
+            raise UsageError(f"--rdzv-conf rank={conf['rank']}: give a number")
+        rank = int(conf["rank"])
+    if backend == "static":
+        rank = rank or 0
+    if rank is not None and not 0 <= rank < nodes:
+        raise UsageError(f"--node-rank {rank}: with {nodes} nodes it is 0 to {nodes - 1}")
+    endpoint = o["rdzv_endpoint"]
+    if not endpoint:
+        address = o["master_addr"] or "127.0.0.1"
+        endpoint = f"[{address}]" if ":" in address and not address.startswith("[") else address
+        endpoint += f":{o['master_port'] or 29500}"
+    is_host: bool | None = None
+    if "is_host" in conf:
+        is_host = conf["is_host"].lower() in ("1", "true", "t", "yes", "y")
+    elif backend == "static":
+        is_host = rank == 0
+    try:
+        timeout = float(conf.get("join_timeout", conf.get("timeout", "600")))
+    except ValueError as error:
+        raise UsageError(f"--rdzv-conf: {error}; give seconds") from error
+    return Meeting(endpoint, rank, o["rdzv_id"] or "none", is_host, timeout)
+
+
+def _procs(o: dict[str, Any], where: _Where) -> tuple[int, Any]:
+    given = [f"--{n.replace('_', '-')}" for n in ("gpus", "procs", "nproc_per_node") if o[n] is not None]
+    if len(given) > 1:
+        raise UsageError(f"{' and '.join(given)} both say how many ranks a node has: give one of them")
+    if o["procs"] is not None:
+        return o["procs"], "cpu"
+    if where.place == "job":
+        return _procs_elsewhere(o)
+    found = find_gpus()
+    if o["gpus"] is not None:
+        if o["gpus"] == "all":
+            count = found.count
+        elif o["gpus"].isdigit():
+            count = int(o["gpus"])
+        else:
+            raise UsageError(f"--gpus {o['gpus']!r}: give a number, or all")
+        if count < 1 or count > found.count:
+            raise UsageError(
+                f"--gpus {o['gpus']}: found {found}. Ask for at most that many, or use --procs N for ranks on the CPU"
+                + (", or add --nodes 1 to submit a Slurm job" if where.sbatch and where.place == "here" else "")
+            )
+        return count, "gpu"
+    wanted = o["nproc_per_node"]
+    if wanted is None:
+        return 1, "any"
+    if wanted == "gpu":
+        if not found.count:
+            raise UsageError(f"--nproc-per-node gpu: found {found}")
+        return found.count, "any"
+    if wanted == "cpu":
+        return os.cpu_count() or 1, "any"
+    if wanted == "auto":
+        return found.count or os.cpu_count() or 1, "any"
+    if not wanted.isdigit() or int(wanted) < 1:
+        raise UsageError(f"--nproc-per-node {wanted!r}: give a number >= 1, gpu, cpu or auto")
+    return int(wanted), "any"
+
+
+def _procs_elsewhere(o: dict[str, Any]) -> tuple[int, Any]:
+    """Ranks on nodes that this host can say nothing of."""
+    for flag, text in (("--gpus", o["gpus"]), ("--nproc-per-node", o["nproc_per_node"])):
+        if text is not None and (not text.isdigit() or int(text) < 1):
+            raise UsageError(f"{flag} {text!r}: a Slurm job asks for a number of them; give one")
+    if o["gpus"] is not None:
+        return int(o["gpus"]), "gpu"
+    return int(o["nproc_per_node"] or 1), "any"
+
+
+def _slurm(o: dict[str, Any], where: _Where, nodes: int, procs: int, device: str) -> Slurm | None:
+    if where.place not in ("job", "allocation"):
+        return None
+    options: dict[str, str | int | bool] = {}
+    if where.place == "job":
+        options |= {"nodes": nodes, "ntasks-per-node": 1}
+        each = 1 if o["cpus_per_rank"] is None else o["cpus_per_rank"]
+        if each < 1:
+            raise UsageError(f"--cpus-per-rank {each}: give a whole number >= 1")
+        options["cpus-per-task"] = each * procs
+        if device == "gpu":
+            options["gres"] = f"gpu:{procs}"
+        options |= {name.replace("_", "-"): o[name] for name in SBATCH if o[name] is not None}
+        _check_time(o["time"])
+        options |= _more_options(o["sbatch"])
+    return Slurm(options, tuple(o["setup"]), o["requeue"] or "yes", o["max_timeouts"], o["stop_lead"])
+
+
+def _check_time(text: str | None) -> None:
+    from launcher.backends.slurm_notation import duration
+
+    if text is not None:
+        try:
+            duration(text)
+        except ValueError as error:
+            raise UsageError(f"--time {error}") from error
+
+
+def _more_options(texts: Sequence[str]) -> dict[str, str | int | bool]:
+    found: dict[str, str | int | bool] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        key = key.strip().removeprefix("--").replace("_", "-")
+        if key in ("array", "output", "error", "wrap", "open-mode", "requeue", "no-requeue", "ntasks", "export"):
+            raise UsageError(f"--sbatch {text!r}: launch sets {key} itself" + _INSTEAD.get(key, ""))
+        if not key:
+            raise UsageError(f"--sbatch {text!r}: give the long name of an option of sbatch, and =VALUE if it has one")
+        found[key] = value if equals else True
+    return found
+
+
+def _output(o: dict[str, Any]) -> Output:
+    shown: tuple[int, ...] | None = (0,)
+    if o["show_ranks"] == "all":
+        shown = None
+    elif o["show_ranks"] == "none":
+        shown = ()
+    elif o["show_ranks"] is not None:
+        shown = _numbers("--show-ranks", o["show_ranks"], "0,3, all or none")
+    log_dir = None if o["log_dir"] is None else str(Path(o["log_dir"]).absolute())
+    filtered = _numbers("--local-ranks-filter", o["local_ranks_filter"], "0,1") if o["local_ranks_filter"] else ()
+    prefix = o["log_line_prefix_template"]
+    return Output(
+        show_ranks=shown,
+        tee=_streams("--tee", o["tee"]),
+        redirects=_streams("--redirects", o["redirects"]),
+        local_ranks_filter=filtered,
+        log_dir=log_dir,
+        **({} if not prefix else {"prefix": prefix}),
+    )
+
+
+def _numbers(flag: str, text: str, form: str) -> tuple[int, ...]:
+    parts = [p.strip() for p in text.split(",")]
+    if not all(p.isdigit() for p in parts):
+        raise UsageError(f"{flag} {text!r}: give numbers like {form}")
+    return tuple(map(int, parts))
+
+
+def _streams(flag: str, text: str | None) -> dict[int, int]:
+    """Torchrun's `3` or `0:3,1:1`: local rank -> bits; -1 is every rank."""
+    if not text:
+        return {}
+    if re.fullmatch(r"[0-3]", text):
+        return {-1: int(text)} if text != "0" else {}
+    table = {}
+    for item in text.split(","):
+        if not (match := re.fullmatch(r"(\d+):([0-3])", item.strip())):
+            raise UsageError(f"{flag} {text!r}: give 0 to 3, or local ranks like 0:3,1:1 (1 stdout, 2 stderr, 3 both)")
+        table[int(match[1])] = int(match[2])
+    return table
