@@ -75,6 +75,8 @@ def prepare_fit(
                 f"The checkpoint has finished {trainer.current_epoch} epochs, but max_epochs={trainer.max_epochs}."
             )
         rank_zero_info(f"fit goes on from {found.name}: epoch {trainer.current_epoch}, step {trainer.global_step}.")
+    if trainer.page is not None:
+        trainer.page.began(trainer.global_step)
     trainer.fit_run = run = _make_fit(trainer, module, hooks)
     trainer.data.load_training(run)
     if found is not None:

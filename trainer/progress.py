@@ -2,7 +2,8 @@
 
 `LAUNCH_PROGRESS` names a file that is mapped once; after that a step writes a few numbers into memory, with no
 system call. Layout, little endian: 0 u64 magic; 8 u64 step; 16 u32 phase; 20 u32 epoch; 24 u64 CLOCK_MONOTONIC ns of
-the last step; 32 u64 last saved step; 40 f64 seconds of the last save; 48 f64 loss or NaN; 56 u64 reserved.
+the last step; 32 u64 last saved step; 40 f64 seconds of the last save; 48 f64 loss or NaN; 56 u64 one
+more than the step that this attempt began at (0: not told).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ _STEP = struct.Struct("<QIIQ")  # at 8: step, phase, epoch, nanoseconds
 _PHASE = struct.Struct("<I")  # at 16
 _SAVED = struct.Struct("<Qd")  # at 32: step, seconds
 _LOSS = struct.Struct("<d")  # at 48
+_BEGAN = struct.Struct("<Q")  # at 56
 
 
 class ProgressPage:
@@ -55,6 +57,10 @@ class ProgressPage:
         except OSError as error:
             rank_zero_warn(f"LAUNCH_PROGRESS={path} cannot be mapped ({error}); the launcher will not see progress.")
             return None
+
+    def began(self, step: int) -> None:
+        """Training goes on from here."""
+        _BEGAN.pack_into(self.buffer, 56, step + 1)
 
     def phase(self, phase: int) -> None:
         """What the rank is doing now."""
