@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import textwrap
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
+from launcher import config
 from launcher.errors import UsageError
 
 if TYPE_CHECKING:
@@ -166,9 +170,15 @@ def _show_version(ctx: click.Context) -> None:
 
 
 def read(argv: Sequence[str]) -> dict[str, Any]:
-    """The options of a command line by name, `program` among them. Raises `UsageError` without a program."""
+    """The options of a command line by name, `program` among them; `given`: those that it, or the environment, says.
+
+    Where neither says anything the files of config.py do. Raises `UsageError`: no program; what a file may not say.
+    """
     with COMMAND.make_context("launch", list(argv)) as ctx:
         options = dict(ctx.params)
+        said = (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT)
+        given = {name for name in options if ctx.get_parameter_source(name) in said}
     if not options["program"]:
         raise UsageError("no program given. Usage: launch [options] script.py [args ...]; launch --help shows the rest")
-    return options
+    options = config.apply(options, given, config.load(PARAMETERS, Path.cwd(), os.environ))
+    return options | {"given": given}

@@ -96,17 +96,22 @@ class _Where:
 
 def _where(o: Mapping[str, Any], s: Surroundings) -> _Where:
     """Where to run: what `--backend` says, else what the options and the surroundings imply."""
-    asked = [f"--{name.replace('_', '-')}" for name in _SUBMITS if o[name]]
+    # A default from a file says how to submit, not that it is to be done.
+    asked = [f"--{name.replace('_', '-')}" for name in _SUBMITS if o[name] and name in o["given"]]
     if o["backend"] == "local":
         if asked:
             raise UsageError(f"{asked[0]} is for a Slurm job, --backend local runs here: leave one of them out")
         return _Where("here", 1, s.sbatch)
-    if o["backend"] == "slurm" or (asked and s.job is None):
+    by_hand = any(o[name] is not None for name in ("rdzv_endpoint", "node_rank", "master_addr")) or o["standalone"]
+    slurm = o["backend"] == "slurm" and ("backend" in o["given"] or not (by_hand or s.job))
+    if slurm or (asked and s.job is None):
         if not s.sbatch:
             why = asked[0] if asked else "--backend slurm"
-            raise UsageError(f"{why} submits a Slurm job, but there is no sbatch on {socket.gethostname()}")
+            raise UsageError(
+                f"{why} submits a Slurm job, but there is no sbatch on {socket.gethostname()}; "
+                "--backend local runs here"
+            )
         return _Where("job", 1, True)
-    by_hand = any(o[name] is not None for name in ("rdzv_endpoint", "node_rank", "master_addr")) or o["standalone"]
     if s.job is not None:
         if asked:
             raise UsageError(

@@ -91,6 +91,8 @@ def leak_police(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
     # torch's compiler makes a folder in TMPDIR and names it in the environment as soon as parts of it are imported.
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path_factory.getbasetemp() / "inductor")
     os.environ["XDG_STATE_HOME"] = str(tmp_path_factory.getbasetemp() / "state")  # launch's index of runs
+    os.environ["XDG_CONFIG_HOME"] = str(tmp_path_factory.getbasetemp() / "config")  # nobody's own defaults
+    os.environ["LAUNCH_SITE_CONFIG"] = ""
     environment = dict(os.environ)
     children, threads, sockets, files = (
         _children(),
