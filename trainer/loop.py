@@ -32,6 +32,7 @@ from trainer.rank_state import Before
 from trainer.ranks import rank_zero_info, rank_zero_warn
 from trainer.state import RunningStage, TrainerFn
 from trainer.stop import LAST
+from trainer.virtual import VALIDATION
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from trainer.state import TrainState
     from trainer.stop import StopAgreement
     from trainer.trainer import Trainer
+    from trainer.virtual import VirtualRanks
 
 
 class Stopping(BaseException):
@@ -94,6 +96,7 @@ class Fit:
     before_validation: Before | None = None
     # What a resumed run still has to take back before its first batch.
     resumed: Found | None = None
+    virtual: VirtualRanks | None = None
     warned: set[str] = field(default_factory=set)
 
 
@@ -119,6 +122,7 @@ class Evaluation:
     # With a mode other than "sequential" the loaders are gone through together, as one.
     together: CombinedFeed | None = None
     inference_mode: bool = True
+    virtual: VirtualRanks | None = None
 
 
 # ------------------------------------------------------------------------------------------------- training
@@ -264,6 +268,8 @@ def bind_train_batch(run: Fit) -> Callable[[Any, int, bool], bool | None]:
     automatic, no_sync = run.module.automatic_optimization, run.parallel.no_sync
     page = run.page
     micro_batch = bind_micro_batch(run)
+    if run.virtual is not None:
+        micro_batch = run.virtual.bind(run, micro_batch)
 
     def train_batch(batch: Any, index: int, is_last: bool) -> bool | None:
         if move is not None:
@@ -495,6 +501,8 @@ def after_batch(run: Fit, is_last: bool) -> bool:
         evaluate(run.validation)
         trainer.state.stage = RunningStage.TRAINING
         run.before_validation = None
+        if run.virtual is not None:
+            run.virtual.enter(VALIDATION, state.batches, run.virtual.count)
         run.last_validation = time.monotonic()
         run.metrics.enter("train")
         run.metrics.hook = "training_step"
@@ -606,7 +614,8 @@ def _evaluate_loader(run: Evaluation, number: int) -> None:
     step_name = f"{run.name}_step"
     base = trainer.train_state.batches << 32
     agreement.place, agreement.evaluating = base, True
-    for index, batch in enumerate(feed.batches(trainer.train_state.epoch, None) if limit else ()):
+
+    def evaluate_batch(batch: Any, index: int) -> None:
         if run.move is not None:
             batch = run.move(batch, number)
         metrics.batch = batch
@@ -620,6 +629,13 @@ def _evaluate_loader(run: Evaluation, number: int) -> None:
                 output = run.step(batch, index, *rest)
         if after is not None:
             after(output, batch, index, *rest)
+
+    for index, batch in enumerate(feed.batches(trainer.train_state.epoch, None) if limit else ()):
+        if run.virtual is None:
+            evaluate_batch(batch, index)
+        else:
+            for own in run.virtual.each(batch, trainer.train_state.batches, number, index):
+                evaluate_batch(own, index)
         if not trainer.sanity_checking:
             trainer.reports.evaluation_step(index)
         if run.page is not None:

@@ -24,6 +24,7 @@ from trainer.state import (
     restore_training,
 )
 from trainer.stop import StopAgreement
+from trainer.virtual import VirtualRanks, refuse
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -183,6 +184,7 @@ def make_evaluation(trainer: Trainer, name: str, loaders: Loaders, *, inference_
         limits=loaders.limits,
         together=together,
         inference_mode=inference_mode,
+        virtual=None if fit_run is None else fit_run.virtual,
     )
 
 
@@ -212,6 +214,11 @@ def _make_fit(trainer: Trainer, module: Module, hooks: Hooks) -> Fit:
         gradient_clip_algorithm=trainer.gradient_clip_algorithm or "norm",
         validate_seconds=trainer.config.val_check_seconds,
     )
+    if trainer.config.virtual_ranks is not None:
+        refuse(run)
+        run.virtual = VirtualRanks(module, trainer.world, trainer.config.virtual_ranks, seed=trainer.train_state.seed)
+        if (move := run.move) is not None:
+            run.move = lambda batches, number: [move(batch, number) for batch in batches]
     clips = trainer.gradient_clip_val is not None or hooks.configure_gradient_clipping is not None
     if clips or hooks.on_before_optimizer_step is not None:
 

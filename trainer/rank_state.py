@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from trainer.errors import CheckpointError
+from trainer.errors import CheckpointError, ConfigError
 from trainer.loading import _key, _seed_all
 from trainer.ranks import rank_zero_info
 from trainer.seed import rng_state, set_rng_state
@@ -63,6 +63,12 @@ def place_in_epoch(run: Fit, found: Found, *, anew: bool) -> Found:
     anew: an epoch that was broken off begins again, with the weights as they are.
     """
     state = run.state
+    now, then = run.trainer.config.virtual_ranks, found.state.get("virtual", {}).get("count")
+    if None not in (now, then) and now != then:
+        raise ConfigError(
+            f"virtual_ranks={now}, but the checkpoint {found.name} was made with {then}: its batches were cut into "
+            f"{then} shares. Go on with virtual_ranks={then}; the number of ranks may be any up to that."
+        )
     if state.position is None:
         return found
     window = in_flight(run)
@@ -90,8 +96,10 @@ def restore_rank(run: Fit, found: Found) -> None:
         load_metric_states(run.module, [o["torchmetrics"] for o in (own, *found.orphans) if "torchmetrics" in o])
     if own.get("feed") and found.world_size == world.size:
         run.feed.load_state_dict(own["feed"])
-    # Each is a part of a mean over the ranks that there were.
+    # Each is a part of a mean over the ranks that there were; that of virtual ranks is the whole, on every rank.
     share = world.size / found.world_size
+    if virtual := found.state.get("virtual"):
+        own, share = own | virtual, 1.0
     for state in (own, *found.orphans):
         for name, gradient in state.get("gradients", {}).items():
             parameter = run.module.get_parameter(name)

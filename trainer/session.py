@@ -25,6 +25,7 @@ from trainer.progress import ProgressPage
 from trainer.ranks import rank_zero_info
 from trainer.signals import StopSignals
 from trainer.state import RunningStage, TrainerFn, TrainerState, TrainerStatus
+from trainer.virtual import Replicas, one_thread
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -50,7 +51,7 @@ def session(
     trainer.state = TrainerState(fn=fn, stage=_STAGES[fn], status=TrainerStatus.RUNNING)
     trainer.page = ProgressPage.open(trainer.ranks.progress_page)
     try:
-        with StopSignals() as trainer.signals:
+        with StopSignals() as trainer.signals, one_thread(trainer.config.virtual_ranks is not None):
             _set_up(trainer, fn, module)
             yield module
             _take_down(trainer, module)
@@ -110,12 +111,15 @@ def _set_up(trainer: Trainer, fn: TrainerFn, module: Module) -> None:
     _set_backends(trainer)
     trainer.precision_object = make_precision(config.precision or "32-true", trainer.device)
     trainer.parallel = make_parallel(config.strategy, world, trainer.precision_object)
+    virtual = config.virtual_ranks is not None and fn is TrainerFn.FITTING
+    if virtual:
+        trainer.parallel = Replicas(world, trainer.precision_object)
     if trainer.profiler is not None:
         trainer.profiler.setup(stage=str(fn), local_rank=trainer.local_rank if world.size > 1 else None,
                                log_dir=trainer.log_dir)  # fmt: skip
     _add_model_callbacks(trainer, module)
     _prepare_data(trainer, module)
-    trainer.metrics = Metrics(world, module)
+    trainer.metrics = Metrics(world, module, exact=virtual)
     for child in module.modules():
         if isinstance(child, Module):
             child.__dict__["_metrics"] = None if trainer.barebones else trainer.metrics

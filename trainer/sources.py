@@ -12,6 +12,8 @@ from trainer.errors import ConfigError, DataError
 from trainer.hooks import overridden
 from trainer.loading import make_feed
 from trainer.module import DataHooks
+from trainer.state import TrainerFn
+from trainer.virtual import VirtualFeed
 
 if TYPE_CHECKING:
     from trainer.data import DataModule
@@ -69,20 +71,24 @@ class Loaders:
                     f"A {type(loader).__name__} was given as {kind} loader; it must be a DataLoader or another "
                     "iterable of batches, or a list or dict of them."
                 )
-        fixed = bool(trainer.overfit_batches) and kind in ("train", "val")
-        self.feeds: list[Feed] = [
-            make_feed(
-                loader,
-                world=trainer.world,
-                seed=trainer.train_state.seed,
-                train=kind == "train",
-                shuffle_override=False if fixed else None,
-                distribute=trainer.config.use_distributed_sampler,
-            )
-            for loader in loaders
-        ]
+        self.feeds: list[Feed] = [self._feed(loader, kind, trainer) for loader in loaders]
         limit = getattr(trainer, f"limit_{kind}_batches")
         self.limits = [batches_used(feed, limit, kind) for feed in self.feeds]
+
+    def _feed(self, loader: Any, kind: str, trainer: Trainer) -> Feed:
+        shuffle_override = False if trainer.overfit_batches and kind in ("train", "val") else None
+        virtual_ranks = trainer.config.virtual_ranks
+        seed, train = trainer.train_state.seed, kind == "train"
+        if virtual_ranks is None or trainer.state.fn is not TrainerFn.FITTING:
+            return make_feed(
+                loader, world=trainer.world, seed=seed, train=train, shuffle_override=shuffle_override,
+                distribute=trainer.config.use_distributed_sampler,
+            )  # fmt: skip
+        if train and not self.single:
+            raise ConfigError("virtual_ranks works with one training loader; here are several.")
+        return VirtualFeed(
+            loader, trainer.world, virtual_ranks, seed=seed, train=train, shuffle_override=shuffle_override
+        )
 
     def training_feed(self) -> Feed | CombinedFeed:
         """What the training loop iterates."""

@@ -140,7 +140,11 @@ def capture(trainer: Trainer, *, weights_only: bool = False) -> tuple[dict[str, 
         shared["callbacks"] = callback_states(trainer)
         shared["rows"] = trainer.reports.rows_of_step()
         shared["threads"] = torch.get_num_threads()
-        own = {} if trainer.fit_run is None else rank_state(trainer.fit_run)
+        if (run := trainer.fit_run) is not None:
+            own = rank_state(run)
+            if run.virtual is not None:  # the same on all ranks, and wanted by those that come later
+                shared["virtual"] = {k: own.pop(k) for k in ("rng", "gradients") if k in own}
+                shared["virtual"]["count"] = run.virtual.count
         for callback in trainer.callbacks:
             callback.on_save_checkpoint(trainer, module, shared)
     module.on_save_checkpoint(shared)

@@ -1,9 +1,13 @@
-"""Training whose weights do not depend, in a single bit, on the number of ranks.
+"""Training whose weights do not depend, in a single bit, on the number of ranks: `Trainer(virtual_ranks=V)`.
 
 A step's batch is cut into a fixed number of virtual ranks' shares. A rank runs the shares that are its own, one after
 another, each from the same buffers and from random states that are a function of (seed, step, virtual rank). The
-gradients are summed along one fixed binary tree over the virtual ranks, whoever computed them. What remains to be kept
-fixed outside: the number of intra-op threads, the kind of processor, and deterministic kernels.
+gradients are summed along one fixed binary tree over the virtual ranks, whoever computed them. Validation is cut up in
+the same way, and what is logged per epoch is summed exactly, so that what looks at a logged value decides alike too.
+One intra-op thread and deterministic kernels are set; what remains to be kept fixed outside is the kind of processor.
+
+Hooks see a step, not a share: on_train_batch_start and _end are called once per step, with lists of this rank's
+batches and of what training_step returned for them. A value logged per step is virtual rank 0's.
 
 The idea is EasyScale's (Li et al., SC 2023); the tree lets a rank send sums of its own shares in place of all of them.
 """
@@ -11,6 +15,7 @@ The idea is EasyScale's (Li et al., SC 2023); the tree lets a rank send sums of 
 from __future__ import annotations
 
 import random
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,14 +25,20 @@ from torch import Tensor, nn
 
 from trainer.errors import ConfigError, DataError, ModuleError
 from trainer.loading import Feed, _key, _KeyedDataset, _SampleFeed, make_feed
+from trainer.parallel import Parallel
 from trainer.sampling import Order, Share, shares
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from trainer.distributed import World
+    from trainer.loop import Fit
+    from trainer.precision import Precision
 
-__all__ = ["VirtualFeed", "VirtualRanks", "own_range", "subtrees", "tree_sum", "virtual_shares"]
+__all__ = ["Replicas", "VirtualFeed", "VirtualRanks", "own_range", "subtrees", "tree_sum", "virtual_shares"]
+
+# What the random states of a place in the run are keyed by, before its batches and its virtual rank.
+TRAINING, VALIDATION = 0, 1
 
 
 def own_range(count: int, rank: int, world_size: int) -> range:
@@ -161,6 +172,49 @@ class _Place:
         self.size = size
 
 
+class Replicas(Parallel):
+    """The same weights on every rank, whose gradients the virtual ranks exchange."""
+
+    name = "virtual"
+
+    def __init__(self, world: World, precision: Precision) -> None:
+        super().__init__()
+        self.world, self.precision = world, precision
+
+    def wrap(self, module: nn.Module, *, training: bool = True) -> None:  # noqa: ARG002 - it is the same
+        self._same_start(module)
+        self.module = module
+        self.step = module.training_step  # type: ignore[assignment]
+
+
+@contextmanager
+def one_thread(wanted: bool) -> Iterator[None]:
+    """Operators sum in an order that depends on the number of threads: one of them, if this is wanted."""
+    before = torch.get_num_threads()
+    if wanted:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        if wanted:
+            torch.set_num_threads(before)
+
+
+def refuse(run: Fit) -> None:
+    """Raise for what cannot be the same on any number of ranks."""
+    reasons = {
+        "manual optimization: the steps must be the Trainer's": not run.module.automatic_optimization,
+        "an optimizer that wants a closure, or an optimizer_step of the module's": run.by_closure,
+        "a validation by time (val_check_interval as a duration)": run.validate_seconds is not None,
+        "StochasticWeightAveraging, whose last pass over the data each rank makes for itself": any(
+            type(c).__name__ == "StochasticWeightAveraging" for c in run.trainer.callbacks
+        ),
+    }
+    for what, found in reasons.items():
+        if found:
+            raise ConfigError(f"virtual_ranks does not work with {what}. Leave one of them out.")
+
+
 class VirtualRanks:
     """Runs a module's shares and sums their gradients; the same bits on any number of ranks.
 
@@ -169,8 +223,8 @@ class VirtualRanks:
     buffers are the whole batch's.
     """
 
-    def __init__(self, module: nn.Module, world: World, count: int, *, seed: int) -> None:
-        self.count, self.seed = count, seed
+    def __init__(self, module: nn.Module, world: World, count: int, *, seed: int | None) -> None:
+        self.count, self.seed = count, seed or 0
         self.own = own_range(count, world.rank, world.size)
         self._module, self._world = module, world
         self._parameters: list[nn.Parameter] = []
@@ -184,6 +238,33 @@ class VirtualRanks:
         for name, parameter in module.named_parameters():
             if hasattr(parameter, "full_tensor"):
                 raise ConfigError(f"virtual_ranks needs whole parameters on each rank, and {name} is sharded: use ddp.")
+
+    def bind(self, run: Fit, micro_batch: Callable[[Any, int], Any]) -> Callable[[Any, int], list[Any]]:
+        """A step over this rank's shares, in place of one over a batch; what training_step returned for each."""
+        state, metrics, feed = run.state, run.metrics, run.feed
+
+        def step(batches: Any, index: int) -> list[Any]:
+            outputs = []
+            self.begin(feed.total, accumulating=bool((index - state.windows_from) % state.accumulate))
+            for (virtual_rank, share), batch in zip(feed.shares, batches, strict=True):
+                self.enter(TRAINING, state.batches, virtual_rank)
+                metrics.batch, feed.weight = batch, share.seen / share.total
+                output = micro_batch(batch, index)
+                outputs.append(output.detach() if isinstance(output, Tensor) else output)
+                metrics.keeps_steps = False
+                self.add(virtual_rank, share)
+            metrics.batch, metrics.keeps_steps, feed.weight = batches, True, float(bool(batches))
+            self.finish()
+            self.enter(TRAINING, state.batches, self.count)
+            return outputs
+
+        return step
+
+    def each(self, batches: Any, *place: int) -> Iterator[Any]:
+        """The batches of a validation's step, each with the random state of its own place."""
+        for virtual_rank, batch in zip(self.own, batches, strict=False):
+            self.enter(VALIDATION, *place, virtual_rank)
+            yield batch
 
     def begin(self, total: int, *, accumulating: bool = False) -> None:
         """A step over `total` samples begins. accumulating: its gradients come on top of those that are there."""
