@@ -231,7 +231,8 @@ def merge(
     The controller is right about every job that it still knows. It forgets one MinJobAge (300 s) after its end; from
     then on accounting tells, unless it missed the end (slurmdbd was down): a job that only accounting takes for alive,
     while the controller answers and does not know it, is over. Then our own record tells how, and without one the
-    state is LOST. Nobody knows the job at all: UNKNOWN.
+    state is LOST, unless it is an element of an array whose others accounting has: it was cancelled before it started,
+    without a trace. Nobody knows the job at all: UNKNOWN.
     """
     lives = (accounting or {}).get(job_id, ())
     last = lives[-1] if lives else None
@@ -244,6 +245,9 @@ def merge(
                 return replace(now, exit_code=ended.exit_code, signal=ended.signal)
         return now
     if last is not None and last.over:
+        if controller is None and (last.state, last.exit_code, last.signal) == ("FAILED", 0, 0):
+            # Accounting says this for a moment of jobs that end in another way (seen on 22.05: COMPLETED a second later).
+            return replace(last, state="COMPLETING", exit_code=None, signal=None)
         return last
     if own is not None and own.over:
         return own
@@ -251,6 +255,11 @@ def merge(
     if rest is not None:
         # `scancel --user` makes one row `6` of the elements of `6_[0-9]` that had not started.
         return replace(rest, job_id=job_id)
+    array = job_id.partition("_")[0] + "_"
+    if controller is not None and last is None and any(one.startswith(array) for one in accounting or ()):
+        # Accounting has every element that began, and nobody knows this one, which is no longer in the queue.
+        known = own or JobRecord(job_id=job_id, raw_id=job_id, state="", source="accounting")
+        return replace(known, state="CANCELLED", source="accounting", reason="cancelled before it started")
     known = last or own
     if known is None:
         return JobRecord(job_id=job_id, raw_id=job_id, state="UNKNOWN", source="")

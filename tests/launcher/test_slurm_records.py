@@ -199,3 +199,21 @@ def test_no_unknown_state_is_taken_for_an_end():
     for state in ("COMPLETING", "REQUEUED", "SIGNALING", "A_WORD_OF_SLURM_30"):
         assert state not in OVER
         assert not dataclasses.replace(ALIVE, state=state).over
+
+
+def test_a_failure_without_a_code_is_accountings_passing_word():
+    ended = JobRecord(job_id="5", raw_id="5", state="FAILED", source="accounting", exit_code=0, signal=0)
+    assert merge("5", controller=None, accounting={"5": (ended,)}).state == "COMPLETING"
+    assert merge("5", controller={}, accounting={"5": (ended,)}).state == "FAILED"
+    real = dataclasses.replace(ended, exit_code=3)
+    assert merge("5", controller=None, accounting={"5": (real,)}).state == "FAILED"
+
+
+def test_an_element_that_left_the_queue_without_a_trace_was_cancelled():
+    other = JobRecord(job_id="6_0", raw_id="6", state="COMPLETED", source="accounting")
+    own = JobRecord(job_id="6_1", raw_id="6_1", state="PENDING", source="submission")
+    record = merge("6_1", controller={}, accounting={"6_0": (other,)}, own=own)
+    assert (record.job_id, record.state, record.reason) == ("6_1", "CANCELLED", "cancelled before it started")
+    assert merge("6_1", controller=None, accounting={"6_0": (other,)}, own=own).state == "PENDING"
+    assert merge("6_1", controller={}, accounting=None, own=own).state == "LOST"
+    assert merge("61_1", controller={}, accounting={"6_0": (other,)}, own=own).state == "LOST"
