@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.errors import CheckpointError
+from trainer.checkpoint.saved import SavedList
+from trainer.errors import CheckpointDamagedError, CheckpointError
 from trainer.ranks import rank_zero_warn
 
 if TYPE_CHECKING:
     from trainer.distributed import World
-
-# Newest entries of the list of saved checkpoints that are kept; older ones are long gone from disk.
-_KEPT = 32
 
 
 @dataclass(frozen=True)
@@ -34,46 +29,6 @@ class Found:
     world_size: int = 1
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One line of the run folder's list: a checkpoint that was whole when it was listed."""
-
-    path: str
-    batches: int
-    finished: bool = False
-
-
-class SavedList:
-    """`checkpoints/saved.json` in the run folder: the checkpoints of this run that training can go on from.
-
-    Rank 0 appends after a checkpoint is durable; the file is replaced as a whole.
-    """
-
-    def __init__(self, run_dir: str) -> None:
-        self.path = Path(run_dir) / "checkpoints" / "saved.json"
-
-    def read(self) -> list[Entry]:
-        """The entries, oldest first."""
-        try:
-            return [Entry(**line) for line in json.loads(self.path.read_text())]
-        except FileNotFoundError:
-            return []
-        except (ValueError, TypeError) as error:
-            rank_zero_warn(f"{self.path} is damaged ({error}); looking for checkpoints without it.")
-            return []
-
-    def add(self, entry: Entry) -> None:
-        """List a checkpoint that is durable now."""
-        entries = [e for e in self.read() if e.path != entry.path] + [entry]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(f".{os.getpid()}.tmp")
-        with open(temporary, "w") as file:
-            json.dump([vars(e) for e in entries[-_KEPT:]], file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self.path)
-
-
 def is_folder(path: str) -> bool:
     """Whether a checkpoint is a folder of shards (else a single file)."""
     import fsspec
@@ -88,19 +43,6 @@ def exists(path: str) -> bool:
 
     fs, inner = fsspec.core.url_to_fs(path)
     return bool(fs.exists(inner))
-
-
-def write(path: str, state: dict[str, Any], rank_state: dict[str, Any], world: World, *, step: int) -> None:
-    """Write a checkpoint: one torch file on one process, a folder of shards on several. Every rank calls it."""
-    if world.size == 1:
-        from trainer.checkpoint import save_file
-
-        save_file(state | {"rank_state": rank_state}, path)
-        return
-    from trainer.checkpoint import Store
-
-    folder, _, name = path.rstrip("/").rpartition("/")
-    Store(folder or ".", world).save(state, step=step, name=name, rank_state=rank_state)
 
 
 def read(path: str, world: World | None, *, like: dict[str, Any] | None = None, weights_only: bool = True) -> Found:
@@ -133,31 +75,44 @@ def read(path: str, world: World | None, *, like: dict[str, Any] | None = None, 
 
 
 def newest_in(run_dir: str, world: World, like: dict[str, Any] | None) -> Found | None:
-    """The newest checkpoint of a run that all ranks can read; damaged ones are named and passed over."""
-    entries = SavedList(run_dir).read() if world.is_global_zero else None
-    entries = world.broadcast(entries)
+    """The newest checkpoint of a run that is whole; None if there is none yet.
+
+    A damaged one is named in a warning and set aside, and the next older one is taken, by all ranks alike.
+
+    Raises:
+        CheckpointDamagedError: there are checkpoints, but not one of them is whole.
+        CheckpointError: one could not be looked at; that says nothing about damage.
+    """
+    saved = SavedList.of(run_dir)
+    entries = world.broadcast(saved.read() if world.is_global_zero else None)
+    damaged = None
     for entry in sorted(entries, key=lambda e: (e.batches, e.finished), reverse=True):
         # Retention may have removed it since: rank 0 looks, so that all ranks skip the same ones.
         if not world.broadcast(exists(entry.path) if world.is_global_zero else None):
+            continue
+        if entry.damaged:
+            damaged = damaged or entry.path
             continue
         found, failure = None, None
         try:
             found = read(entry.path, world, like=like)
         except CheckpointError as error:
             failure = error
-        if not world.any(failure is not None):
+        failures = [f for f in world.gather(failure) if f is not None]
+        if not failures:
             return found
-        rank_zero_warn(f"The checkpoint {entry.path} cannot be read ({failure}); trying an older one.")
+        other = next((f for f in failures if not isinstance(f, CheckpointDamagedError)), None)
+        if other is not None:
+            raise other from failure
+        damaged = damaged or entry.path
+        rank_zero_warn(f"{failures[0]} It is set aside; trying an older one.")
+        if world.is_global_zero:
+            saved.set_aside(entry.path)
+    if damaged is not None:
+        raise CheckpointDamagedError(
+            f"No checkpoint of the run in {run_dir} is whole; the newest was {damaged}. To begin anew, start a new run."
+        )
     return None
-
-
-def remove(path: str) -> None:
-    """Remove a checkpoint that a newer one has replaced."""
-    import fsspec
-
-    fs, inner = fsspec.core.url_to_fs(path)
-    if fs.exists(inner):
-        fs.rm(inner, recursive=True)
 
 
 def newest_of(callbacks: list[Any]) -> str | None:

@@ -3,82 +3,214 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainer import resume
-from trainer.errors import CheckpointError, ConfigError
+from trainer.checkpoint.background import Background
+from trainer.checkpoint.file import save_file
+from trainer.checkpoint.saved import After, Entry, SavedList, process_start
+from trainer.checkpoint.store import Store
+from trainer.errors import CheckpointError, CheckpointWriteError, ConfigError
 from trainer.progress import DONE, SAVE, TRAIN, VALIDATE
 from trainer.ranks import rank_zero_warn
 from trainer.state import RunningStage, capture
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from trainer.checkpoint.background import Saved
     from trainer.trainer import Trainer
 
 
+@dataclass(frozen=True)
+class Cost:
+    """What the newest save took, in seconds: training stood still for stall_s, and it was durable after durable_s."""
+
+    stall_s: float
+    durable_s: float
+
+
 class Saves:
-    """Writes and finds the checkpoints of one Trainer."""
+    """Writes and finds the checkpoints of one Trainer.
+
+    A save is copied while training waits and written beside it, one at a time: the next one waits until that before
+    it is durable. What came of it all ranks learn together: at the next save, at the end, or, if it failed, after a
+    batch on which they agree (see `trainer.stop`).
+    """
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
-        # The batches that the newest whole checkpoint counts, and the paths of those that nobody asked for by name.
+        # The batches that the newest checkpoint counts, and the paths of those that nobody asked for by name.
         self._saved_batches = -1
         self._own: list[str] = []
+        self._background: Background | None = None
+        self._stores: dict[str, Store] = {}
+        self._stall_s = 0.0
+        self.cost: Cost | None = None
+        # Called when all ranks know what came of the save in the background: with whether it is durable.
+        self._then: Callable[[bool], object] | None = None
 
-    def save(self, filepath: str | Path, *, weights_only: bool) -> None:
-        """Write a checkpoint and, if a run can go on from it, list it in the run folder. Every rank must call it."""
+    @property
+    def up_to_date(self) -> bool:
+        """Whether nothing was trained since the newest save."""
+        return self._saved_batches == self._trainer.train_state.batches
+
+    def save(
+        self,
+        filepath: str | Path,
+        *,
+        weights_only: bool = False,
+        wait: bool = True,
+        own: bool = False,
+        also: str | None = None,
+        symbolic: bool = False,
+        replaced: Sequence[str] = (),
+        then: Callable[[bool], object] | None = None,
+    ) -> None:
+        """Write a checkpoint and, if a run can go on from it, list it in the run folder. Every rank must call it.
+
+        wait: return when it is durable; else when the state is copied. own: nobody asked for it by name. also,
+        symbolic, replaced: see `After`. then: called when all ranks know whether it is durable.
+
+        Raises:
+            CheckpointError: nothing was trained or loaded yet, or the state holds objects that are not plain values.
+            CheckpointWriteError: it failed, or the one before it did. A full store is an error only with `wait`.
+        """
         trainer = self._trainer
         if trainer.lightning_module is None or trainer.parallel is None:
             raise CheckpointError("save_checkpoint() before fit, validate, test or predict: there is nothing to save.")
         began = time.monotonic()
         if trainer.page is not None:
             trainer.page.phase(SAVE)
+        self.settle()
         if trainer.fit_run is not None:
             trainer.train_state.elapsed = time.monotonic() - trainer.fit_run.last_validation
         state, rank_state = capture(trainer, weights_only=weights_only)
-        path = str(filepath)
-        resume.write(path, state, rank_state, trainer.world, step=trainer.train_state.global_step)
+        path, step = _absolute(filepath), trainer.global_step
+        after = self._after(path, weights_only=weights_only, own=own, also=also, symbolic=symbolic, replaced=replaced)
+        if self._background is None:
+            self._background = Background(trainer.world, self._ended)
+        self._then = then
+        try:
+            if trainer.world_size == 1:
+                state |= {"rank_state": rank_state}
+                save_file(state, path, step=step, background=self._background, after=after, wait=wait)
+            else:
+                folder, _, name = path.rpartition("/")
+                self._store(folder).save(state, step=step, name=name, rank_state=rank_state, after=after, wait=wait)
+        except CheckpointError:
+            self._tell(durable=False)
+            raise
+        self._stall_s = time.monotonic() - began
         if not weights_only:
             self._saved_batches = trainer.train_state.batches
-            if trainer.run_dir is not None and trainer.is_global_zero:
-                whole = path if "://" in path else str(Path(path).resolve())
-                entry = resume.Entry(whole, trainer.train_state.batches, trainer.train_state.finished)
-                resume.SavedList(trainer.run_dir).add(entry)
+        if wait:
+            self._tell(durable=True)
         if trainer.page is not None:
-            trainer.page.saved(trainer.train_state.global_step, time.monotonic() - began)
             trainer.page.phase(TRAIN if trainer.state.stage is RunningStage.TRAINING else VALIDATE)
-        trainer.world.barrier("save_checkpoint()")
+        if not trainer.running:
+            self.close()
 
-    def for_resume(self, why: str) -> str | None:
-        """A checkpoint of our own making, for going on; those before it that we made are removed."""
+    def settle(self) -> None:
+        """Wait until the save in the background is durable, and let all know. Every rank must call it.
+
+        Raises:
+            CheckpointWriteError: it failed, on every rank. That the store is full is a warning.
+        """
+        if self._background is None:
+            return
+        durable = False
+        try:
+            durable = self._background.wait()
+        finally:
+            if self._trainer.fit_run is not None:
+                self._trainer.fit_run.agreement.answered()
+            self._tell(durable=durable)
+
+    def close(self) -> None:
+        """Wait for what this rank writes, and let the writer go. Asks no other rank."""
+        if self._background is not None:
+            self._background.close()
+        self._background, self._stores, self._then = None, {}, None
+
+    def _tell(self, *, durable: bool) -> None:
+        then, self._then = self._then, None
+        if not durable:
+            self._saved_batches = -1
+        if then is not None:
+            then(durable)
+
+    def _ended(self, saved: Saved | None, unawaited: bool) -> None:
+        """In a thread of the writer: this rank's part of a save is over."""
+        trainer = self._trainer
+        if saved is not None and saved.seconds is not None:
+            self.cost = Cost(self._stall_s, saved.seconds)
+            if trainer.page is not None:
+                trainer.page.saved(saved.step, saved.seconds)
+        run = trainer.fit_run
+        if run is not None and unawaited and (saved is None or trainer.world_size == 1):
+            run.agreement.call()
+
+    def _after(
+        self, path: str, *, weights_only: bool, own: bool, also: str | None, symbolic: bool, replaced: Sequence[str]
+    ) -> After:
+        trainer = self._trainer
+        if trainer.run_dir is None:
+            return After(also, symbolic, replaced=tuple(replaced))
+        state = trainer.train_state
+        entry = None if weights_only else Entry(path, state.batches, state.finished, own)
+        return After(also, symbolic, SavedList.of(trainer.run_dir), entry, tuple(replaced), process_start())
+
+    def _store(self, folder: str) -> Store:
+        if folder not in self._stores:
+            # Outside a run folder another run may be at work in the same place.
+            collect = self._trainer.run_dir is not None
+            self._stores[folder] = Store(folder, self._trainer.world, background=self._background, collect=collect)
+        return self._stores[folder]
+
+    def for_resume(self, why: str, *, wait: bool = False) -> str | None:
+        """A checkpoint of our own making, for going on; it replaces those before it that we made, but the last."""
         trainer = self._trainer
         if not trainer.config.enable_checkpointing or trainer.config.fast_dev_run or trainer.fit_run is None:
             return None
         # A string: the root may be a URL.
         root = (trainer.run_dir or trainer.default_root_dir).rstrip("/")
         path = f"{root}/checkpoints/resume-step={trainer.global_step}-{why}.ckpt"
-        self.save(path, weights_only=False)
-        if trainer.is_global_zero:
-            for older in self._own[:-1]:
-                resume.remove(older)
-        self._own = [*self._own[-1:], path]
+        replaced = [p for p in self._own[:-1] if p != path]
+        self._own = [*[p for p in self._own if p != path][-1:], path]
+        self.save(path, wait=wait, own=True, replaced=replaced)
         return path
 
     def after_epoch(self) -> None:
         """In a run folder every epoch leaves a checkpoint, whatever the user's own checkpoints keep."""
-        trainer = self._trainer
-        saved = self._saved_batches == trainer.train_state.batches
-        if trainer.run_dir is not None and trainer.config.enable_checkpointing and not saved:
+        if self._trainer.run_dir is not None and self._trainer.config.enable_checkpointing and not self.up_to_date:
             self.for_resume("epoch")
 
     def after_fit(self) -> None:
-        """In a run folder the last checkpoint says that the run is over, so that a restart does nothing."""
+        """The last save is durable, and in a run folder says that the run is over: a restart does nothing."""
         trainer = self._trainer
+        self.settle()
         trainer.train_state.finished = True
         if trainer.run_dir is not None:
-            self.for_resume("finished")
+            self.for_resume("finished", wait=True)
             if trainer.page is not None:
                 trainer.page.phase(DONE)
+
+    def at_stop(self) -> str | None:
+        """The checkpoint of a run that was told to stop, durable; None if there is none, or no room for one."""
+        try:
+            self.settle()
+        except CheckpointWriteError as error:
+            rank_zero_warn(f"{error} The run stops now, and is saved once more.")
+        try:
+            return self.for_resume("stopped", wait=True)
+        except CheckpointWriteError as error:
+            if not error.disk_full:
+                raise
+            rank_zero_warn(f"{error} The run stops all the same, and goes on from an older checkpoint.")
+            return None
 
     def find(self, ckpt_path: str | Path | None, weights_only: bool | None, *, fitting: bool) -> resume.Found | None:
         """What to load, by the run folder, the argument, or `trainer.ckpt_path`; None to load nothing."""
@@ -113,3 +245,8 @@ class Saves:
         if last is None:
             rank_zero_warn("ckpt_path='last': there is no last checkpoint yet; starting from the beginning.")
         return None if last is None else str(last)
+
+
+def _absolute(path: str | Path) -> str:
+    text = str(path).rstrip("/")
+    return text if "://" in text else str(Path(text).resolve())

@@ -69,6 +69,7 @@ def session(
         trainer.state.stage = None
         module.__dict__["_metrics"] = None
         trainer.data.close()
+        trainer.saves.close()
         trainer.signals = trainer.hooks = trainer.fit_run = None
         if trainer.page is not None:
             trainer.page.close()
@@ -228,7 +229,7 @@ def _stopped(trainer: Trainer, fn: TrainerFn, module: Module) -> None:
     """All ranks are at the same place and shall leave: save, take down, exit."""
     assert trainer.signals is not None
     signum = trainer.signals.signum
-    where = trainer.saves.for_resume("stopped") if fn is TrainerFn.FITTING else None
+    where = trainer.saves.at_stop() if fn is TrainerFn.FITTING else None
     trainer.state.status = TrainerStatus.INTERRUPTED
     _call_teardown(trainer, fn, module)
     for logger in trainer.loggers:

@@ -1,8 +1,10 @@
 """How the ranks agree on the batch after which all of them stop, without adding a collective to any step.
 
-A rank that received a signal writes one key into the job's store. On every rank a thread waits for that key (in the
+A rank that received a signal, or whose writer has something to say about a checkpoint, writes one key into the job's
+store. On every rank a thread waits for that key (in the
 store's own wait, with the interpreter lock released). It then fixes a place that its rank has not reached yet,
-promises not to pass it, publishes it, and reads the other ranks' promises: all stop at the latest of them. No rank
+promises not to pass it, publishes it, and reads the other ranks' promises: all halt at the latest of them. If one
+of them had a signal they stop; else they settle what came of the checkpoint, and go on into the next round. No rank
 waits for another rank's training to move on, only for the threads, so there is nothing to deadlock on; ranks may be
 any number of batches apart.
 
@@ -22,6 +24,8 @@ import torch.distributed as dist
 from trainer.errors import DistributedError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from trainer.distributed import World
     from trainer.signals import StopSignals
     from trainer.state import TrainState
@@ -37,16 +41,24 @@ _sessions = 0
 class StopAgreement:
     """Watches for a stop while a loop runs. Use as a context manager around the loop.
 
+    settle: called by all ranks at the same place, after one of them asked for it by `call`.
+
     The loop asks `signals.requested or state.batches >= agreement.limit_batches` after each training batch, and if so
     calls `stop_here(place)`; an evaluation calls it after each batch and says when it is `evaluating`.
     """
 
-    def __init__(self, world: World, signals: StopSignals, state: TrainState) -> None:
+    def __init__(
+        self, world: World, signals: StopSignals, state: TrainState, settle: Callable[[], object] = lambda: None
+    ) -> None:
         self.limit: int = NEVER
         self.limit_batches: int = NEVER
         self.evaluating = False
         self.place = 0
         self._requested = False
+        self._called = False
+        self._stops = False
+        self._lock = threading.Lock()
+        self._settle = settle
         self._world = world
         self._signals = signals
         self._state = state
@@ -57,16 +69,19 @@ class StopAgreement:
         self._prefix = ""
 
     def __enter__(self) -> StopAgreement:
-        global _sessions
         if self._world.size > 1:
-            _sessions += 1
-            self._prefix = f"trainer/stop/{_sessions}"
             # A connection of its own: a wait on the shared one would lock the collectives out.
             self._store = dist.distributed_c10d._get_default_store().clone()
             self._store.set_timeout(timedelta(days=365))
-            self._thread = threading.Thread(target=self._watch, name="trainer-stop", daemon=True)
-            self._thread.start()
+            self._begin()
         return self
+
+    def _begin(self) -> None:
+        global _sessions
+        _sessions += 1
+        self._prefix = f"trainer/stop/{_sessions}"
+        self._thread = threading.Thread(target=self._watch, name="trainer-stop", daemon=True)
+        self._thread.start()
 
     def __exit__(self, *exc: object) -> None:
         if self._thread is None:
@@ -83,14 +98,27 @@ class StopAgreement:
     def _client(self) -> Any:
         return dist.distributed_c10d._get_default_store()
 
+    def call(self) -> None:
+        """Have all ranks call `settle` at a place on which they agree. May be called in any thread."""
+        with self._lock:
+            self._called = True
+            self.limit_batches = 0  # the loop asks after its next batch
+
+    def answered(self) -> None:
+        """What `call` was for has been settled on the way, at one place on all ranks."""
+        with self._lock:
+            self._called = False
+            self._set_limit(self.limit)
+
     def stop_here(self, place: int) -> bool:
         """Whether all ranks stop at this place; called from the loop when it is there.
 
         Raises:
             DistributedError: a rank did not answer.
+            What `settle` raises.
         """
         self.place = place
-        if self._signals.requested and not self._requested:
+        if (self._signals.requested or self._called) and not self._requested:
             self._request()
         if place < self.limit:
             return False
@@ -99,12 +127,28 @@ class StopAgreement:
                 f"rank {self._world.rank} was told to stop, but not all ranks answered within {_ANSWER_S:.0f} s: "
                 "one of them is gone or hangs. Look at the other ranks' logs."
             ) from self._failure
-        return place >= self.limit
+        if place < self.limit:
+            return False
+        if not self._stops:
+            self._go_on()
+        return self._stops
+
+    def _go_on(self) -> None:
+        """All ranks are at the same place, and none had a signal when it promised."""
+        with self._lock:
+            self._set_limit(NEVER)
+            self._requested = self._called = False
+        self._decided.clear()
+        if self._thread is not None:
+            self._thread.join()
+            self._begin()
+        self._settle()
 
     def _request(self) -> None:
-        """Tell all ranks that this one received a signal."""
+        """Tell all ranks that this one received a signal, or is called."""
         self._requested = True
         if self._world.size == 1:
+            self._stops = self._signals.requested
             self._set_limit(0)
             self._decided.set()
         else:
@@ -131,10 +175,12 @@ class StopAgreement:
                 self._set_limit(promise)
                 if self._where() < promise:
                     break
-            store.set(f"{self._prefix}/{self._world.rank}", str(promise))
+            store.set(f"{self._prefix}/{self._world.rank}", f"{promise} {int(self._signals.requested)}")
             keys = [f"{self._prefix}/{rank}" for rank in range(size)]
             store.wait(keys, timedelta(seconds=_ANSWER_S))
-            self._set_limit(max(int(value) for value in store.multi_get(keys)))
+            promises = [value.split() for value in store.multi_get(keys)]
+            self._stops = any(int(signalled) for _, signalled in promises)
+            self._set_limit(max(int(place) for place, _ in promises))
         except BaseException as failure:  # handed to the loop, or void if the run is over
             self._failure = failure
         finally:

@@ -197,19 +197,28 @@ class Trainer(Status):
         return results
 
     def save_checkpoint(
-        self, filepath: str | Path, weights_only: bool | None = None, storage_options: Any = None
+        self,
+        filepath: str | Path,
+        weights_only: bool | None = None,
+        storage_options: Any = None,
+        *,
+        wait: bool = True,
     ) -> None:
         """Write a checkpoint to a path or fsspec URL. Every rank must call it.
 
         One process writes a torch file (`torch.load(path, weights_only=True)` opens it; its "state_dict" is plain);
-        several ranks write a folder of shards. weights_only leaves out all that only resuming needs.
+        several ranks write a folder of shards. weights_only leaves out all that only resuming needs. wait: return when
+        it is durable; else when the state is copied: it is written beside the training, and is durable when the next
+        one is saved, or fit ends.
 
         Raises:
             CheckpointError: nothing was trained or loaded yet, or the state holds objects that are not plain values.
+            CheckpointWriteError: the store failed in this save, or in that before it. With wait=False a later step
+                raises it, on all ranks.
         """
         if storage_options is not None:
             raise ConfigError("save_checkpoint(storage_options=...) is not supported; put options into the fsspec URL.")
-        self.saves.save(filepath, weights_only=bool(weights_only))
+        self.saves.save(filepath, weights_only=bool(weights_only), wait=wait)
 
     # ------------------------------------------------------------------------------------ small services
 

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from trainer import Module, Trainer
 from trainer.callbacks import Callback, ModelCheckpoint, OnExceptionCheckpoint
+from trainer.checkpoint import saved
 from trainer.errors import ConfigError
 
 
@@ -56,16 +57,18 @@ def names(folder):
     return sorted(p.name for p in Path(folder).iterdir())
 
 
-class Watched(ModelCheckpoint):
-    """Keeps what was on disk at each removal."""
+@pytest.fixture
+def removals(monkeypatch):
+    """What was removed, each with what was on disk at that moment."""
+    seen = []
+    original = saved.remove
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.seen = []
+    def remove(path):
+        seen.append((Path(path).name, names(Path(path).parent)))
+        original(path)
 
-    def _remove(self, trainer, path):
-        self.seen.append((Path(path).name, names(self.dirpath)))
-        super()._remove(trainer, path)
+    monkeypatch.setattr(saved, "remove", remove)
+    return seen
 
 
 @pytest.mark.parametrize(
@@ -106,8 +109,8 @@ def test_bad_arguments(options, message):
         ModelCheckpoint(**options)
 
 
-def test_keeps_the_best_and_removes_only_what_is_replaced(tmp_path):
-    callback = Watched(tmp_path / "c", "{epoch}", monitor="score", save_top_k=2, save_last=True)
+def test_keeps_the_best_and_removes_only_what_is_replaced(tmp_path, removals):
+    callback = ModelCheckpoint(tmp_path / "c", "{epoch}", monitor="score", save_top_k=2, save_last=True)
     fit(tmp_path, Scripted([5, 3, 4, 1, float("nan"), 2]), callback)
     assert names(callback.dirpath) == ["epoch=3.ckpt", "epoch=5.ckpt", "last.ckpt"]
     assert Path(callback.best_model_path).name == "epoch=3.ckpt"
@@ -115,7 +118,7 @@ def test_keeps_the_best_and_removes_only_what_is_replaced(tmp_path):
     assert callback.kth_value == 2
     assert {Path(p).name: float(v) for p, v in callback.best_k_models.items()} == {"epoch=3.ckpt": 1, "epoch=5.ckpt": 2}
     # Each removal happened while the checkpoint that replaced it was already there.
-    assert [(gone, sorted(set(there) - {gone})) for gone, there in callback.seen] == [
+    assert [(gone, sorted(set(there) - {gone})) for gone, there in removals] == [
         ("epoch=0.ckpt", ["epoch=1.ckpt", "epoch=2.ckpt", "last.ckpt"]),
         ("epoch=2.ckpt", ["epoch=1.ckpt", "epoch=3.ckpt", "last.ckpt"]),
         ("epoch=1.ckpt", ["epoch=3.ckpt", "epoch=5.ckpt", "last.ckpt"]),
@@ -222,14 +225,11 @@ def test_state_survives_a_restart(tmp_path):
     assert names(tmp_path / "c") == ["epoch=3.ckpt", "epoch=4.ckpt", "last.ckpt"]
 
 
-def test_a_removal_that_a_kill_prevented_is_made_up_for(tmp_path):
-    def killed(trainer, path):
-        raise KeyboardInterrupt
-
+def test_a_removal_that_a_kill_prevented_is_made_up_for(tmp_path, monkeypatch):
     first = ModelCheckpoint(tmp_path / "c", "{epoch}")
-    first._remove = killed
-    with pytest.raises(KeyboardInterrupt):
-        fit(tmp_path, Scripted(), first, val=False, max_epochs=3)
+    with monkeypatch.context() as patched:
+        patched.setattr(saved, "remove", lambda path: None)
+        fit(tmp_path, Scripted(), first, val=False, max_epochs=2)
     assert names(tmp_path / "c") == ["epoch=0.ckpt", "epoch=1.ckpt"]
     again = ModelCheckpoint(tmp_path / "c", "{epoch}")
     fit(tmp_path, Scripted(), again, val=False, max_epochs=3, ckpt_path=tmp_path / "c" / "epoch=1.ckpt")

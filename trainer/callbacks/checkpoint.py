@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import os
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import proxy
 
@@ -17,9 +16,10 @@ from torch import Tensor
 
 from trainer.callbacks.callback import Callback
 from trainer.callbacks.interval import AgreedInterval
+from trainer.checkpoint.saved import remove
 from trainer.errors import ConfigError
 from trainer.ranks import rank_zero_info, rank_zero_warn, read_ranks
-from trainer.resume import exists, remove
+from trainer.resume import exists
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -52,7 +52,8 @@ class ModelCheckpoint(Checkpoint):
     """Writes checkpoints during `fit` and keeps the best `save_top_k` of them by a logged value.
 
     A single process writes files, several ranks write folders; both can be given as `ckpt_path` and to
-    `load_from_checkpoint`. An old checkpoint is removed only after the one that replaces it is complete on disk.
+    `load_from_checkpoint`. They are written beside the training; an old one is removed only after the one that
+    replaces it is durable. While a save is under way the attributes name it already; if it fails, they go back.
 
     Args:
         dirpath: folder or fsspec URL. Default: `checkpoints` in the logger's folder, else in `default_root_dir`.
@@ -60,7 +61,8 @@ class ModelCheckpoint(Checkpoint):
             Default `{epoch}-{step}`.
         monitor: logged name that says which checkpoint is better. None: the newest is the best.
         verbose: say so when a checkpoint is written.
-        save_last: also keep the newest one as `last.ckpt`; "link" makes that a symbolic link (local folders only).
+        save_last: also keep the newest one as `last.ckpt`, a second name of the same file where the disk can do that;
+            "link" makes it a symbolic link (local folders only).
         save_top_k: how many to keep; -1 keeps all, 0 none.
         save_on_exception: write one when an exception ends `fit`. Every rank must be able to take part, so with
             several ranks this helps only where all of them raise.
@@ -150,6 +152,7 @@ class ModelCheckpoint(Checkpoint):
         self._validated = False
         # What the save that is under way replaces. A restart from that save removes it, if we do not get to it.
         self._replaced: list[str] = []
+        self._resumed = False
         # A save that came due before the monitored value was there, or while it was an old one.
         self._waits_for_validation = False
 
@@ -194,6 +197,8 @@ class ModelCheckpoint(Checkpoint):
         if self._interval is not None:
             self._interval.begin()
         self._remove_replaced(trainer)
+        if self._resumed:
+            self._forget_missing(trainer)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Module, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self._every_n_train_steps:
@@ -229,17 +234,18 @@ class ModelCheckpoint(Checkpoint):
 
     def on_train_end(self, trainer: Trainer, pl_module: Module) -> None:
         if self.save_last and not trainer.fast_dev_run and self._last_global_step_saved != trainer.global_step:
-            self._save_last(trainer)
-            self._remove_replaced(trainer)
+            trainer.saves.settle()
+            before = self.state_dict()
+            self._write(trainer, self._next_last(trainer), None, before)
 
     def on_exception(self, trainer: Trainer, pl_module: Module, exception: BaseException) -> None:
         if not self.save_on_exception or self._skips(trainer):
             return
         path = trainer.strategy.broadcast(self.format_checkpoint_name(self._candidates(trainer)))
-        self._write(trainer, path)
-        if self.save_last:
-            self._save_last(trainer)
-        self._remove_replaced(trainer)
+        trainer.saves.settle()
+        before = self.state_dict()
+        self._write(trainer, path, self._next_last(trainer) if self.save_last else None, before)
+        trainer.saves.settle()
         rank_zero_info(f"{type(exception).__name__}: {exception}. Checkpoint written to {path}")
 
     def _skips(self, trainer: Trainer) -> bool:
@@ -272,21 +278,25 @@ class ModelCheckpoint(Checkpoint):
             self._save(trainer)
 
     def _save(self, trainer: Trainer) -> None:
-        """One save: the top-k one if this state is among them, the last one if it is wanted, then the removals."""
+        """One save: the top-k one if this state is among them, the last one if it is wanted, or one of both names."""
+        # What became of the one before comes first: it may not be there.
+        trainer.saves.settle()
         self._waits_for_validation = False
-        if self.save_top_k != 0:
-            self._save_top_k(trainer)
-        if self.save_last and (self._last_global_step_saved == trainer.global_step or self.save_top_k == 0):
-            self._save_last(trainer)
-        self._remove_replaced(trainer)
+        before = self.state_dict()
+        best = self._next_best(trainer) if self.save_top_k != 0 else None
+        last = self._next_last(trainer) if self.save_last and (best is not None or self.save_top_k == 0) else None
+        if best is not None:
+            self._write(trainer, best, last, before)
+        elif last is not None:
+            self._write(trainer, last, None, before)
 
-    def _save_top_k(self, trainer: Trainer) -> None:
-        """Save if this state is among the best."""
+    def _next_best(self, trainer: Trainer) -> str | None:
+        """The path of this state if it is among the best, whose list it joins; else None."""
         candidates = self._candidates(trainer)
         choice = self._choose(trainer, candidates) if trainer.is_global_zero else None
         choice = trainer.strategy.broadcast(choice)
         if choice is None:
-            return
+            return None
         choice = _Choice(*choice)
         if choice.error is not None:
             raise ConfigError(choice.error)
@@ -300,7 +310,7 @@ class ModelCheckpoint(Checkpoint):
         if self.verbose:
             score = "" if choice.score is None else f": {self.monitor} = {choice.score:.5g}"
             rank_zero_info(f"epoch {trainer.current_epoch}, step {trainer.global_step}{score}, saving {choice.path}")
-        self._write(trainer, choice.path)
+        return choice.path
 
     def _choose(self, trainer: Trainer, candidates: dict[str, Tensor]) -> _Choice | None:
         if self.monitor is None:
@@ -348,47 +358,68 @@ class ModelCheckpoint(Checkpoint):
             self.kth_best_model_path = ordered[-1]
             self.kth_value = self.best_k_models[ordered[-1]]
 
-    def _save_last(self, trainer: Trainer) -> None:
-        path = trainer.strategy.broadcast(
+    def _next_last(self, trainer: Trainer) -> str:
+        """The path of the last checkpoint, which is this state now."""
+        path: str = trainer.strategy.broadcast(
             self._free_path(trainer, self._candidates(trainer), self.CHECKPOINT_NAME_LAST, self.last_model_path)
             if trainer.is_global_zero
             else None
         )
         self._replaced.append(self.last_model_path)
         self.last_model_path = path
-        if self.save_last == "link" and self._last_global_step_saved == trainer.global_step:
-            if trainer.is_global_zero:
-                _link(self._last_checkpoint_saved, path)
-            trainer.strategy.barrier("ModelCheckpoint: link of the last checkpoint")
-        else:
-            self._write(trainer, path)
+        return path
 
-    def _write(self, trainer: Trainer, path: str) -> None:
-        trainer.save_checkpoint(path, self.save_weights_only)
+    def _write(self, trainer: Trainer, path: str, also: str | None, before: dict[str, Any]) -> None:
+        """Save under one name or two, beside the training. before: our state, which counts again if that fails."""
         self._last_global_step_saved = trainer.global_step
         self._last_checkpoint_saved = path
-        if trainer.is_global_zero:
-            for logger in trainer.loggers:
-                logger.after_save_checkpoint(proxy(self))
+        replaced = [p for p in self._replaced if p and p not in self._files() and self._may_remove(trainer, p)]
+
+        def then(durable: bool) -> None:
+            if not durable:
+                self._set_state(before)
+                return
+            self._replaced = []
+            if trainer.is_global_zero:
+                for logger in trainer.loggers:
+                    logger.after_save_checkpoint(proxy(self))
+
+        trainer.saves.save(
+            path,
+            weights_only=self.save_weights_only,
+            wait=False,
+            also=also,
+            symbolic=self.save_last == "link",
+            replaced=replaced,
+            then=then,
+        )
 
     def _remove_replaced(self, trainer: Trainer) -> None:
-        """Remove what newer checkpoints, which are complete by now, have replaced."""
+        """Remove what the checkpoint that this run goes on from has replaced, if its writer did not get to it."""
         replaced, self._replaced = self._replaced, []
         if trainer.is_global_zero:
             for path in replaced:
-                if path and path not in self._files():
-                    self._remove(trainer, path)
+                if path and path not in self._files() and self._may_remove(trainer, path):
+                    remove(path)
 
-    def _remove(self, trainer: Trainer, path: str) -> None:
-        """Remove a checkpoint, but never one that is not ours or that the user started this run from."""
+    def _forget_missing(self, trainer: Trainer) -> None:
+        """Forget checkpoints that are not there: a newer attempt removed them, which this one goes back behind."""
+        found = {path: exists(path) for path in self.best_k_models} if trainer.is_global_zero else None
+        found = trainer.strategy.broadcast(found)
+        kept = {path: score for path, score in self.best_k_models.items() if found[path]}
+        if len(kept) == len(self.best_k_models):
+            return
+        self.best_k_models = {}
+        self.best_model_path = self.kth_best_model_path = ""
+        self.best_model_score = None
+        for path, score in kept.items():
+            self._rank(path, float(score))
+
+    def _may_remove(self, trainer: Trainer, path: str) -> bool:
+        """Whether a checkpoint is ours, and not the one that the user started this run from."""
         started_from = trainer.ckpt_path
         given = started_from is not None and _absolute(str(started_from)) == _absolute(path)
-        if (given and not _in_run_folder(path)) or not path.startswith(str(self.dirpath)):
-            return
-        if os.path.islink(path):
-            os.unlink(path)
-        else:
-            remove(path)
+        return (not given or _in_run_folder(path)) and path.startswith(str(self.dirpath))
 
     # ------------------------------------------------------------------------------------------------ its name
 
@@ -493,6 +524,11 @@ class ModelCheckpoint(Checkpoint):
                 "among themselves and leaves the old ones alone."
             )
             return
+        self._resumed = True
+        self._set_state(state_dict)
+
+    def _set_state(self, state_dict: dict[str, Any]) -> None:
+        self.best_model_path = state_dict["best_model_path"]
         self.best_model_score = state_dict["best_model_score"]
         self.current_score = state_dict.get("current_score")
         self.best_k_models = dict(state_dict.get("best_k_models", {}))
@@ -541,10 +577,3 @@ def _absolute(path: str) -> str:
 def _in_run_folder(path: str) -> bool:
     run_dir = read_ranks().run_dir
     return run_dir is not None and path.startswith(os.path.realpath(run_dir) + os.sep)
-
-
-def _link(target: str, link: str) -> None:
-    """Point `link` at `target`, with no moment at which it points nowhere."""
-    temporary = Path(f"{link}.{os.getpid()}.tmp")
-    temporary.symlink_to(os.path.relpath(target, os.path.dirname(link)))
-    os.replace(temporary, link)

@@ -92,6 +92,7 @@ class _Pending:
     """The save in the background. told: `poll` has said how it went."""
 
     saved: Saved
+    task: Job
     began: float
     writer: ThreadWriter | ProcessWriter
     told: bool = False
@@ -101,12 +102,12 @@ class Background:
     """One save at a time, whichever store or file it goes to: its memory and its process are taken once.
 
     `on_end` is called in a thread when this rank's part of a save is over: with the save if it went well, else with
-    None. (`wait` is still needed: it is what lets all ranks know.)
+    None; and with whether nobody has begun to wait for it yet. (`wait` is what lets all ranks know.)
 
     Close it: the process of the writer ends then.
     """
 
-    def __init__(self, world: Ranks, on_end: Callable[[Saved | None], object] = lambda _: None) -> None:
+    def __init__(self, world: Ranks, on_end: Callable[[Saved | None, bool], object] = lambda *_: None) -> None:
         self.world = world
         self._on_end = on_end
         self._snapshot = Snapshot()
@@ -137,7 +138,7 @@ class Background:
                 shortage = str(error)
         if shortage is None:
             writer = self._writer_for(folder, task.bytes)
-            self._pending = self._newest = _Pending(saved, began, writer)
+            self._pending = self._newest = _Pending(saved, task, began, writer)
             writer.start(task, self._snapshot)
         else:
             warnings.warn(
@@ -149,10 +150,20 @@ class Background:
             self._process.close()
             self._snapshot.close()
             written = Outcome.of(lambda: task.write(Content(state.blocks())))
-            self._pending = self._newest = _Pending(saved, began, self._thread)
+            self._pending = self._newest = _Pending(saved, task, began, self._thread)
             self._thread.start_written(task, written)
         self._pending.saved = replace(saved, stall_s=time.monotonic() - began)
         return self._pending.saved
+
+    def finish(self, saved: Saved, began: float) -> Saved:
+        """Wait for the save that `begin` returned, which is then that of one who waits: even a full store is an error.
+
+        Raises:
+            CheckpointWriteError: on every rank.
+        """
+        self.wait_strictly()
+        seconds = time.monotonic() - began
+        return replace(saved, stall_s=seconds, seconds=seconds)
 
     def at_once(self, task: Job, state: State, saved: Saved, began: float) -> Saved:
         """Write a state straight from where it is, while training waits. Every rank calls it, after `wait`.
@@ -161,7 +172,11 @@ class Background:
             CheckpointWriteError: on every rank.
         """
         written = Outcome.of(lambda: task.write(Content(state.blocks())))
-        self._settle(written, lambda: Outcome.of(task.finish), saved.path)
+        try:
+            self._settle(written, lambda: Outcome.of(task.finish), saved.path)
+        except CheckpointWriteError:
+            self._discard(task)
+            raise
         seconds = time.monotonic() - began
         return replace(saved, stall_s=seconds, seconds=seconds)
 
@@ -218,6 +233,7 @@ class Background:
             self._settle(written, lambda: pending.writer.stage(1, None) or Outcome(), pending.saved.path)
         except CheckpointWriteError:
             pending.writer.abandon()
+            self._discard(pending.task)
             raise
 
     def close(self) -> None:
@@ -232,11 +248,15 @@ class Background:
         return self._thread if small or folder.in_this_process else self._process
 
     def _told(self, outcome: Outcome) -> None:
-        assert self._newest is not None
-        if outcome.failure is None:
-            self._on_end(replace(self._newest.saved, seconds=time.monotonic() - self._newest.began))
-        else:
-            self._on_end(None)
+        newest = self._newest
+        assert newest is not None
+        saved = replace(newest.saved, seconds=time.monotonic() - newest.began)
+        self._on_end(None if outcome.failure is not None else saved, self._pending is newest)
+
+    def _discard(self, task: Job) -> None:
+        """All have written what they could: a full store has use for the space."""
+        if self.world.rank == 0:
+            Outcome.of(task.discard)
 
     def _settle(self, written: Outcome, finish: Callable[[], Outcome], path: str) -> None:
         """All ranks learn how all of them fared; then rank 0 commits, or learns that it has."""

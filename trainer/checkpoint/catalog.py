@@ -6,7 +6,7 @@ Torch-free: the writer's process imports it.
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from trainer.checkpoint.folder import Folder
@@ -48,7 +48,9 @@ def read_manifest(folder: Folder) -> Checkpoint | None:
     if MANIFEST not in files or DAMAGED in files:
         return None
     try:
-        return Checkpoint(folder, Manifest.parse(folder.read(MANIFEST), f"{folder}/{MANIFEST}"))
+        manifest = Manifest.parse(folder.read(MANIFEST), f"{folder}/{MANIFEST}")
+        # By where it lies: a checkpoint may have a second name.
+        return Checkpoint(folder, replace(manifest, name=folder.parent.name, attempt=folder.name))
     except (CheckpointDamagedError, FileNotFoundError):
         return None
 

@@ -164,6 +164,24 @@ class Folder:
             options = {"chunksize": part, "max_concurrency": _PARTS_AT_ONCE}
         self.fs.put_file(source, f"{self.path}/{name}", **options)
 
+    def duplicate(self, name: str, target: Folder) -> None:
+        """Give a file of this folder a second name, which is there whole, or as it was before."""
+        if not self.local:
+            self.fs.copy(f"{self.path}/{name}", target.path)
+            return
+        temporary = Path(f"{target.parent.path}/.{target.name}.{os.getpid()}.part")
+        temporary.unlink(missing_ok=True)
+        try:
+            temporary.hardlink_to(f"{self.path}/{name}")
+        except OSError:  # another file system, or one without hard links
+            with open(f"{self.path}/{name}", "rb") as file:
+                target.parent.replace_blocks(
+                    target.name, (memoryview(b) for b in iter(lambda: file.read(1 << 20), b""))
+                )
+            return
+        temporary.replace(target.path)
+        _sync_folder(target.parent.path)
+
     def _stream(self, path: str, blocks: Iterable[memoryview]) -> None:
         file = self.fs.open(path, "wb")
         try:

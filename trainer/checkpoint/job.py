@@ -39,6 +39,9 @@ class Job(Protocol):
     def finish(self) -> None:
         """Once it is: commit, list, clean up. May raise anything as long as the checkpoint is not durable."""
 
+    def discard(self) -> None:
+        """On rank 0, once no rank is writing any more: remove what is left of a save that failed."""
+
 
 @dataclass(frozen=True)
 class Commit:
@@ -76,9 +79,13 @@ class ShardJob:
         if self.commit is None:
             return
         commit(self.folder, self.commit.manifest, COMMIT_TIMEOUT_S)
-        unwanted = self.commit.after.list()
+        unwanted = self.commit.after.record(str(self.folder.parent))
         with suppress(Exception):
             self._clean_up(self.commit, unwanted)
+
+    def discard(self) -> None:
+        """Remove the attempt."""
+        catalog.remove_attempt(self.folder)
 
     def _clean_up(self, work: Commit, unwanted: list[str]) -> None:
         for older in catalog.attempts_of(self.folder.parent)[1:]:
@@ -108,12 +115,15 @@ class FileJob:
 
     def finish(self) -> None:
         """List it, then clean up. What cannot be cleaned up does not make the save fail."""
-        unwanted = self.after.list()
+        unwanted = self.after.record(str(self.folder / self.name))
         with suppress(Exception):
             for path in unwanted:
                 saved.remove(path)
             if self.after.begun_before is not None:
                 saved.remove_parts(self.folder, self.after.begun_before)
+
+    def discard(self) -> None:
+        """Nothing: what is written of a file is removed with the error."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trainer.checkpoint import catalog
 from trainer.checkpoint.folder import Folder
+from trainer.checkpoint.manifest import MANIFEST, new_attempt
 from trainer.ranks import rank_zero_warn
 
 if TYPE_CHECKING:
@@ -81,22 +83,51 @@ class SavedList:
 
 @dataclass(frozen=True)
 class After:
-    """What follows on rank 0 once a checkpoint is durable: it is listed, then what it replaces is removed.
+    """What follows on rank 0 once a checkpoint is durable: it gets its second name, is listed, and replaces others.
 
-    replaced: paths or URLs of checkpoints. begun_before: in the folder of a file, parts that were begun before this
-    time (seconds since 1970) and never finished are removed.
+    also: path or URL of its second name, made of hard links where there are such, else a copy; symbolic: a symbolic
+    link instead. replaced: paths or URLs of checkpoints that may go then. begun_before: in the folder of a file, parts
+    that were begun before this time (seconds since 1970) and never finished may go.
     """
 
+    also: str | None = None
+    symbolic: bool = False
     saved: SavedList | None = None
     entry: Entry | None = None
     replaced: tuple[str, ...] = ()
     begun_before: float | None = None
 
-    def list(self) -> list[str]:
-        """List the checkpoint; returns what may be removed then."""
+    def record(self, path: str) -> list[str]:
+        """Give the checkpoint at a path its second name, and list it; returns what may be removed then."""
+        if self.also is not None:
+            (_link if self.symbolic else _duplicate)(Folder.at(path), Folder.at(self.also))
         if self.saved is None or self.entry is None:
             return list(self.replaced)
         return self.saved.add(self.entry, self.replaced)
+
+
+def _link(source: Folder, target: Folder) -> None:
+    """Point a symbolic link at a checkpoint, with no moment at which it points nowhere."""
+    temporary = Path(f"{target.parent.path}/.{target.name}.{os.getpid()}.part")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(os.path.relpath(source.path, target.parent.path))
+    temporary.replace(target.path)
+
+
+def _duplicate(source: Folder, target: Folder) -> None:
+    """Give a checkpoint a second name; what had that name before goes when the new one is whole."""
+    if source.fs.isdir(source.path):
+        newest = catalog.attempts_of(source)[0].folder
+        before = [c.folder for c in catalog.attempts_of(target)]
+        twin = target / new_attempt()
+        twin.make()
+        # The manifest last: it makes a checkpoint of the rest.
+        for name in sorted(newest.sizes(), key=lambda n: n == MANIFEST):
+            newest.duplicate(name, twin / name)
+        for older in before:
+            catalog.remove_attempt(older)
+    else:
+        source.parent.duplicate(source.name, target)
 
 
 def remove(path: str) -> None:

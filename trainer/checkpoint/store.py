@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -59,10 +59,12 @@ class Store:
 
     A checkpoint is `<url>/<name>`; it exists from the moment its manifest is written, which is after everything else
     is durable, and its files are never changed. Saving a name again makes a new attempt, which replaces the older one
-    only when it is durable. One run at a time writes to a store: what was begun before this process and never
-    committed is removed after the first save.
+    only when it is durable.
 
     retention: what is removed after a save is durable; None: nothing.
+
+    collect: what was begun before this process and never committed is removed after the first save; only where no other
+    run writes to the same store.
 
     background: shared by several stores, whose saves then take turns; None: one of its own.
 
@@ -76,11 +78,12 @@ class Store:
         *,
         retention: Retention | None = None,
         background: Background | None = None,
+        collect: bool = True,
     ) -> None:
         self.folder = Folder.at(url)
         self.world: Ranks = world if world is not None else Alone()
         self.retention = retention
-        self._collect_before: float | None = process_start()
+        self._collect_before = process_start() if collect else None
         if self.world.size > 1 and self.folder.in_this_process:
             raise CheckpointError("memory:// lives in one process: a store for several ranks needs one they all reach.")
         self._owns = background is None
@@ -138,12 +141,8 @@ class Store:
         if wait and self.folder.local:
             return self.background.at_once(task, prepared, saved, began)
         saved = self.background.begin(task, prepared, saved, began, self.folder)
-        if not wait:
-            return saved
-        # From a copy, since other file systems take a file faster than a stream.
-        self.background.wait_strictly()
-        seconds = time.monotonic() - began
-        return replace(saved, stall_s=seconds, seconds=seconds)
+        # From a copy also where it is awaited: other file systems take a file faster than a stream.
+        return self.background.finish(saved, began) if wait else saved
 
     def poll(self) -> Saved | None:
         """The save in the background if it has become durable since; see `Background.poll`."""

@@ -1,0 +1,153 @@
+"""Saves beside the training: what went wrong is told to all at a step, and only what is durable is ever named."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import PROGRAMS, REPO, poll_until
+from trainer.callbacks import Callback, ModelCheckpoint
+from trainer.checkpoint.folder import Folder
+from trainer.errors import CheckpointWriteError
+
+
+class Waits(Callback):
+    """Before each batch waits until the writer is idle, so that what follows follows at that step."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        background = trainer.saves._background
+        if background is not None and background._newest is not None:
+            poll_until(lambda: background._newest.writer.stage(1, 1), what="the writer")
+            background._newest.writer._thread.join()
+
+
+def failing(monkeypatch, code: int, *numbers: int) -> None:
+    """Make the writes of these numbers fail; every save of a file is one."""
+    original, count = Folder.write_blocks, 0
+
+    def write_blocks(self, name, blocks):
+        nonlocal count
+        count += 1
+        if count in numbers:
+            raise OSError(code, os.strerror(code))
+        original(self, name, blocks)
+
+    monkeypatch.setattr(Folder, "write_blocks", write_blocks)
+
+
+def test_an_error_of_the_writer_is_raised_at_the_next_step(boring, data, quiet, tmp_path, monkeypatch):
+    failing(monkeypatch, errno.EIO, 2)
+    callback = ModelCheckpoint(tmp_path / "c", "{step}", every_n_train_steps=3)
+    trainer = quiet(max_steps=30, enable_checkpointing=True, callbacks=[callback, Waits()])
+    with pytest.raises(CheckpointWriteError, match=r"step=6.ckpt was not written: OSError: .*Input/output"):
+        trainer.fit(boring(), data(200))
+    assert trainer.global_step in (6, 7)  # the writer may be faster than the end of the batch
+    assert [p.name for p in (tmp_path / "c").iterdir()] == ["step=3.ckpt"]
+    # What failed is not what the callback goes by.
+    assert callback.best_model_path == str(tmp_path / "c" / "step=3.ckpt")
+
+
+def test_a_full_disk_is_a_warning_and_the_best_ones_stay(boring, data, quiet, tmp_path, monkeypatch):
+    failing(monkeypatch, errno.ENOSPC, 3, 4)
+    callback = ModelCheckpoint(
+        tmp_path / "c", "{step}", every_n_train_steps=2, monitor="loss", mode="max", save_top_k=2, save_last=True
+    )
+    seen = []
+
+    class Looks(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            named = {*callback.best_k_models, callback.best_model_path, callback.last_model_path} - {""}
+            seen.append({Path(p).name for p in named if not Path(p).exists()})
+
+    class Rising(boring):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            self.log("loss", float(self.trainer.global_step))
+            return loss
+
+    trainer = quiet(max_steps=10, enable_checkpointing=True, callbacks=[callback, Waits(), Looks()])
+    with pytest.warns(UserWarning, match=r"The store is full, and training goes on.*No space left") as caught:
+        trainer.fit(Rising(), data(200))
+    assert len([w for w in caught if "store is full" in str(w.message)]) == 2
+    assert trainer.global_step == 10
+    # Steps 6 and 8 were lost; nothing was removed for them.
+    assert sorted(p.name for p in (tmp_path / "c").iterdir()) == ["last.ckpt", "step=10.ckpt", "step=4.ckpt"]
+    assert {Path(p).name for p in callback.best_k_models} == {"step=10.ckpt", "step=4.ckpt"}
+    assert (tmp_path / "c" / "last.ckpt").read_bytes() == (tmp_path / "c" / "step=10.ckpt").read_bytes()
+    # Before each batch (the writer idle) the callback named nothing that was not there.
+    assert set().union(*seen) == set()
+
+
+def test_a_checkpoint_is_listed_when_it_is_durable_and_not_before(boring, data, quiet, tmp_path, monkeypatch):
+    monkeypatch.setenv("LAUNCH_RUN_DIR", str(tmp_path))
+    failing(monkeypatch, errno.ENOSPC, 3)  # the file of step 2 is the first, the list the second
+    callback = ModelCheckpoint(tmp_path / "c", "{step}", every_n_train_steps=2, save_top_k=-1)
+    with pytest.warns(UserWarning, match="store is full"):
+        quiet(max_steps=7, enable_checkpointing=True, callbacks=[callback]).fit(boring(), data(200))
+    listed = [Path(e["path"]).name for e in json.loads((tmp_path / "checkpoints" / "saved.json").read_text())]
+    assert listed == ["step=2.ckpt", "step=6.ckpt", "resume-step=7-epoch.ckpt", "resume-step=7-finished.ckpt"]
+
+
+def test_ranks_raise_together_and_go_on_together(gang, tmp_path):
+    failed = gang.ok(2, "saves_on_ranks.py", "error", str(tmp_path / "error"))
+    steps = {line for r in failed for line in r.stdout.splitlines() if line.startswith("RAISED")}
+    assert len(steps) == 1
+    full = gang.ok(2, "saves_on_ranks.py", "full", str(tmp_path / "full"))
+    assert {line for r in full for line in r.stdout.splitlines()} == {f"ENDED 30 {tmp_path / 'full' / 'step=30.ckpt'}"}
+    assert sorted(p.name for p in (tmp_path / "full").iterdir()) == ["last.ckpt", "step=30.ckpt"]
+
+
+_SLOW = """
+import runpy, signal, sys, threading
+signal.alarm(50)  # a deadline for whoever waits for us
+from trainer.checkpoint.folder import Folder
+from trainer.saves import Saves
+original = Folder.write_blocks
+def write_blocks(self, name, blocks):
+    if sys.argv[2] in name:  # half of it, and then no more
+        def half():
+            block = next(iter(blocks))
+            yield block[: len(block) // 2]
+            print("HALF", flush=True)
+            threading.Event().wait()
+        return original(self, name, half())
+    original(self, name, blocks)
+def at_stop(self):
+    print("STOPPING", flush=True)
+    return to_stop(self)
+Folder.write_blocks = write_blocks
+to_stop, Saves.at_stop = Saves.at_stop, at_stop
+runpy.run_path(sys.argv[1], run_name="__main__")
+"""
+
+
+def test_no_torn_checkpoint_is_resumed_when_the_grace_is_shorter_than_a_save(gang, tmp_path):
+    """The stop signal comes while a save is under way, and the kill before either is durable."""
+    program = str(PROGRAMS / "trainer_resume.py")
+
+    def environment(name: str, attempt: int) -> dict[str, str]:
+        (tmp_path / name).mkdir(exist_ok=True)
+        hurt = json.dumps([["SIGTERM", 0, "train", 13]])
+        return {"LAUNCH_RUN_DIR": str(tmp_path / name), "LAUNCH_ATTEMPT": str(attempt),
+                "HURT": hurt if name == "hurt" else "[]"}  # fmt: skip
+
+    whole = gang.ok(1, program, env=environment("whole", 0))[0].stdout
+    command = [sys.executable, "-c", _SLOW, program, "step=6.ckpt"]
+    variables = os.environ | environment("hurt", 0) | {"PYTHONPATH": str(REPO)}
+    with subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, text=True) as process:
+        assert {process.stdout.readline() for _ in range(2)} == {"HALF\n", "STOPPING\n"}
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    torn = list((tmp_path / "hurt").rglob(".*.part"))
+    assert len(torn) == 1
+    assert gang.ok(1, program, env=environment("hurt", 1))[0].stdout == whole
+    assert not torn[0].exists()
+    torch.load(next((tmp_path / "hurt").rglob("resume-*finished.ckpt")), weights_only=True)
