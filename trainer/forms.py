@@ -6,7 +6,7 @@ import inspect
 from typing import TYPE_CHECKING, Any
 
 from trainer.errors import ConfigError, ModuleError
-from trainer.hooks import overridden
+from trainer.hooks import overridden, timed
 from trainer.module import Module
 from trainer.state import TrainerFn
 
@@ -14,9 +14,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from trainer.config import Adjustable
+    from trainer.trainer import Trainer
 
 
-def step_of(module: Module, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+def _step_of(module: Module, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """The step as the loop calls it, `(batch, batch_idx, ...)`, for a step that may take the batch alone."""
     parameters = [
         p for p in inspect.signature(getattr(module, name)).parameters.values()
@@ -39,6 +40,11 @@ def step_of(module: Module, name: str, function: Callable[..., Any]) -> Callable
 
         return batch_alone
     raise ModuleError(f"{type(module).__name__}.{name}() takes no batch; write {name}(self, batch, batch_idx).")
+
+
+def bound_step(trainer: Trainer, module: Module, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The step as the loop calls it, timed if there is a profiler."""
+    return timed(_step_of(module, name, function), name, trainer.profiler)
 
 
 def require_dataloader_idx(module: Module, name: str) -> None:

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from trainer.errors import ModuleError
+from trainer.forms import bound_step
 from trainer.optimizers import parameters_of
 from trainer.progress import TRAIN, VALIDATE
 from trainer.rank_state import Before
@@ -186,6 +187,8 @@ def train_epoch(run: Fit) -> None:
         end_epoch(run)
         return
 
+    if hooks.on_train_epoch_start is not None and run.parallel.rewrap():
+        run.step = bound_step(trainer, run.module, "training_step", run.parallel.step)
     metrics.feed = feed = run.feed
     batches = feed.batches(state.epoch, state.position)
     look_ahead = None if limit != math.inf else _LookAhead(batches, feed)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from trainer.errors import CheckpointError, ConfigError
 from trainer.materialize import is_meta, materialize
+from trainer.module import Module
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from trainer.distributed import World
-    from trainer.module import Module
     from trainer.precision import Precision
 
 __all__ = ["DDP", "FSDP", "Parallel", "Single", "make_parallel"]
@@ -52,6 +52,13 @@ class Parallel:
         training=False: nothing will be stepped, so that no room is made for exchanging gradients.
         """
         raise NotImplementedError
+
+    def rewrap(self) -> bool:
+        """Take in parameters that began, or ceased, to require gradients since `wrap`. Every rank must call it.
+
+        Returns whether `step` is another one now.
+        """
+        return False
 
     def no_sync(self) -> AbstractContextManager[Any]:
         """Around all but the last micro-batch of a step: gradients stay on their rank."""
@@ -172,9 +179,11 @@ class DDP(Parallel):
         self.options = options
         self._ddp: nn.parallel.DistributedDataParallel | None = None
         self._accumulating = False
+        self._trained: list[bool] = []
 
     def wrap(self, module: nn.Module, *, training: bool = True) -> None:
         self.module, self._ddp = module, None
+        self._trained = _trained(module)
         self.step = module.training_step  # type: ignore[assignment]
         if not training or not any(p.requires_grad for p in module.parameters()):
             self._same_start(module)
@@ -194,6 +203,13 @@ class DDP(Parallel):
             ddp.reducer._rebuild_buckets()
         self._ddp = ddp
         self.step = self._manual_step if manual else ddp
+
+    def rewrap(self) -> bool:
+        # DDP makes room for the gradients that are required when it is made, and leaves others unexchanged.
+        if not self.world.any(_trained(self.module) != self._trained):
+            return False
+        self.wrap(self.module)
+        return True
 
     def _manual_step(self, *args: Any, **kwargs: Any) -> Any:
         assert self._ddp is not None
@@ -223,6 +239,10 @@ class DDP(Parallel):
             # The graph is learnt in a backward that exchanges gradients: without one torch's reducer asserts (2.15).
             return nullcontext()
         return self._ddp.no_sync() if self.step is self._ddp else self._manual_no_sync()
+
+
+def _trained(module: nn.Module) -> list[bool]:
+    return [p.requires_grad for p in module.parameters()]
 
 
 class FSDP(Parallel):
@@ -276,7 +296,9 @@ class FSDP(Parallel):
         self.module = module
         for name in _STEPS:
             # In the instance's own dict it is there from an earlier run: once more would run FSDP's hooks twice.
-            if hasattr(module, name) and name not in module.__dict__:
+            # A step that nobody defined stays so: it would look as if the module had one.
+            own = getattr(type(module), name, None)
+            if own is not None and own is not getattr(Module, name) and name not in module.__dict__:
                 register_fsdp_forward_method(module, name)
                 # It wraps the bound method, so that inspect.signature would drop the batch along with self.
                 module.__dict__[name].__func__.__signature__ = inspect.signature(getattr(type(module), name))

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.callbacks.finders import Finder
 from trainer.errors import ConfigError
-from trainer.forms import check_manual, require_dataloader_idx, step_of
-from trainer.hooks import Hooks, timed
+from trainer.forms import bound_step, check_manual, require_dataloader_idx
+from trainer.hooks import Hooks
 from trainer.loading import to_device
 from trainer.loop import Evaluation, Fit, Stopping, clip, evaluate
 from trainer.optimizers import WrappedOptimizer, needs_closure, read_optimizers
@@ -178,7 +178,7 @@ def make_evaluation(trainer: Trainer, name: str, loaders: Loaders, *, inference_
         ),
         page=trainer.page,
         name=name,
-        step=timed(step_of(module, step_name, getattr(module, step_name)), step_name, trainer.profiler),
+        step=bound_step(trainer, module, step_name, getattr(module, step_name)),
         move=_mover(trainer, hooks),
         feeds=loaders.feeds,
         limits=loaders.limits,
@@ -204,7 +204,7 @@ def _make_fit(trainer: Trainer, module: Module, hooks: Hooks) -> Fit:
         signals=trainer.signals,
         agreement=StopAgreement(trainer.world, trainer.signals, trainer.train_state, trainer.saves.settle),
         page=trainer.page,
-        step=timed(step_of(module, "training_step", trainer.parallel.step), "training_step", trainer.profiler),
+        step=bound_step(trainer, module, "training_step", trainer.parallel.step),
         move=_mover(trainer, hooks),
         optimizer=optimizer,
         wrapped=trainer.wrapped_optimizers[0] if optimizer is not None else None,

@@ -9,16 +9,20 @@ from trainer.callbacks.checkpoint import Checkpoint, ModelCheckpoint, OnExceptio
 from trainer.callbacks.device_stats import DeviceStatsMonitor
 from trainer.callbacks.early_stopping import EarlyStopping
 from trainer.callbacks.finders import BatchSizeFinder, LearningRateFinder
+from trainer.callbacks.finetuning import BackboneFinetuning, BaseFinetuning
 from trainer.callbacks.lambda_function import LambdaCallback
 from trainer.callbacks.lr_monitor import LearningRateMonitor
 from trainer.callbacks.prediction_writer import BasePredictionWriter
 from trainer.callbacks.progress import ProgressBar, RichProgressBar, RichProgressBarTheme, TQDMProgressBar
+from trainer.callbacks.pruning import ModelPruning
 from trainer.callbacks.selection import arrange, ordered
 from trainer.callbacks.summary import ModelSummary, RichModelSummary
 from trainer.callbacks.throughput import ThroughputMonitor
 from trainer.callbacks.timer import Timer
 
 __all__ = [
+    "BackboneFinetuning",
+    "BaseFinetuning",
     "BasePredictionWriter",
     "BatchSizeFinder",
     "Callback",
@@ -31,6 +35,7 @@ __all__ = [
     "LearningRateFinder",
     "LearningRateMonitor",
     "ModelCheckpoint",
+    "ModelPruning",
     "ModelSummary",
     "OnExceptionCheckpoint",
     "ProgressBar",
