@@ -99,6 +99,9 @@ class Config:
     num_sanity_val_steps: batches of validation before training, 2 by default; -1: all.
     log_every_n_steps: 50 by default; 0: never.
     enable_checkpointing, enable_progress_bar, enable_model_summary: whether the callbacks for it are there by default.
+    save_every: when to save what the run can go on from, besides ModelCheckpoints: a number of optimizer steps, a time
+        ("10min", a timedelta), or "auto": as often as the measured cost of a save and the rate of failures make best.
+        In a run folder the end of every epoch is saved anyway.
     accumulate_grad_batches: batches per optimizer step.
     gradient_clip_val: None or 0: no clipping. gradient_clip_algorithm: "norm" (default) or "value".
     deterministic: True, False, "warn"; None leaves torch's setting. benchmark: cuDNN's.
@@ -140,6 +143,7 @@ class Config:
     num_sanity_val_steps: int | None = None
     log_every_n_steps: int | None = None
     enable_checkpointing: bool | None = None
+    save_every: int | str | timedelta | None = None
     enable_progress_bar: bool | None = None
     enable_model_summary: bool | None = None
     accumulate_grad_batches: int = 1

@@ -49,6 +49,8 @@ class Saves:
         self._stores: dict[str, Store] = {}
         self._stall_s = 0.0
         self.cost: Cost | None = None
+        # Whether the save under way is that of a run that was told to stop.
+        self.stopping = False
         # Called when all ranks know what came of the save in the background: with whether it is durable.
         self._then: Callable[[bool], object] | None = None
 
@@ -204,6 +206,7 @@ class Saves:
             self.settle()
         except CheckpointWriteError as error:
             rank_zero_warn(f"{error} The run stops now, and is saved once more.")
+        self.stopping = True
         try:
             return self.for_resume("stopped", wait=True)
         except CheckpointWriteError as error:
@@ -211,6 +214,8 @@ class Saves:
                 raise
             rank_zero_warn(f"{error} The run stops all the same, and goes on from an older checkpoint.")
             return None
+        finally:
+            self.stopping = False
 
     def find(self, ckpt_path: str | Path | None, weights_only: bool | None, *, fitting: bool) -> resume.Found | None:
         """What to load, by the run folder, the argument, or `trainer.ckpt_path`; None to load nothing."""

@@ -8,15 +8,18 @@ import os
 import signal
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.conftest import PROGRAMS, REPO, poll_until
+from trainer import Trainer
 from trainer.callbacks import Callback, ModelCheckpoint
+from trainer.callbacks.periodic import PeriodicCheckpoint, best_interval, parse_save_every
 from trainer.checkpoint.folder import Folder
-from trainer.errors import CheckpointWriteError
+from trainer.errors import CheckpointWriteError, ConfigError
 
 
 class Waits(Callback):
@@ -151,3 +154,59 @@ def test_no_torn_checkpoint_is_resumed_when_the_grace_is_shorter_than_a_save(gan
     assert gang.ok(1, program, env=environment("hurt", 1))[0].stdout == whole
     assert not torn[0].exists()
     torch.load(next((tmp_path / "hurt").rglob("resume-*finished.ckpt")), weights_only=True)
+
+
+@pytest.mark.parametrize("bad", [0, -3, True, "often", "10 parsecs", "0min", 2.5])
+def test_a_wrong_save_every_is_refused(bad):
+    with pytest.raises(ConfigError, match=r"save_every=.*'10min'"):
+        Trainer(accelerator="cpu", save_every=bad)
+
+
+def test_save_every_without_checkpoints_is_refused():
+    with pytest.raises(ConfigError, match="contradict"):
+        Trainer(accelerator="cpu", save_every=5, enable_checkpointing=False)
+
+
+@pytest.mark.parametrize(("given", "parsed"), [(7, 7), ("30s", 30.0), ("10min", 600.0), ("1.5 h", 5400.0),
+                                               (timedelta(minutes=2), 120.0), ("auto", "auto")])  # fmt: skip
+def test_forms_of_save_every(given, parsed):
+    assert parse_save_every(given) == parsed
+
+
+def test_the_best_interval_is_where_training_loses_least():
+    """Against the loss itself: stalls per interval, and half an interval per failure."""
+    for stall, between in ((0.1, 3600.0), (5.0, 86400.0), (0.02, 1e6)):
+        chosen = best_interval(stall, 0.1, between)
+
+        def loss(interval, stall=stall, between=between):
+            return stall / interval + (interval + stall) / 2 / between
+
+        assert loss(chosen) < 1.02 * min(loss(chosen * f) for f in (0.25, 0.5, 0.7, 1.4, 2, 4))
+    assert best_interval(0.1, 900.0, 3600.0) > 900  # no save waits for that before it
+    assert best_interval(100.0, 1.0, 10.0) == 10  # a machine that fails all the time
+
+
+def test_save_every_steps_beside_a_model_checkpoint(boring, data, quiet, tmp_path, monkeypatch):
+    monkeypatch.setenv("LAUNCH_RUN_DIR", str(tmp_path))
+    callback = ModelCheckpoint(tmp_path / "c", "{step}", every_n_train_steps=6, save_top_k=-1)
+    trainer = quiet(max_epochs=1, enable_checkpointing=True, callbacks=[callback], save_every=4,
+                    accumulate_grad_batches=2)  # fmt: skip
+    trainer.fit(boring(), data(136))
+    listed = [Path(e["path"]).name for e in json.loads((tmp_path / "checkpoints" / "saved.json").read_text())]
+    # 34 batches, 17 steps. Own ones (steps 4, 8, 16 and the ends of the epoch and the run) make room for newer ones.
+    assert listed == ["step=6.ckpt", "step=12.ckpt", "resume-step=17-epoch.ckpt", "resume-step=17-finished.ckpt"]
+    assert {p.name for p in (tmp_path / "checkpoints").glob("*.ckpt")} == set(listed[2:])
+
+
+def test_auto_chooses_from_what_it_measured_and_says_so(boring, data, quiet, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("LAUNCH_RUN_DIR", str(tmp_path))
+    monkeypatch.setenv("LAUNCH_ATTEMPT", "3")
+    trainer = quiet(max_steps=8, enable_checkpointing=True, save_every="auto", callbacks=[
+        ModelCheckpoint(tmp_path / "c", "{step}", every_n_train_steps=2), Waits()])  # fmt: skip
+    trainer.fit(boring(), data(200))
+    said = [line for line in capsys.readouterr().err.splitlines() if "save_every='auto'" in line][-1]
+    assert "3 failures so far" in said
+    periodic = next(c for c in trainer.callbacks if isinstance(c, PeriodicCheckpoint))
+    assert f"every {periodic._interval.seconds:.0f} s" in said
+    state = torch.load(trainer.checkpoint_callback.best_model_path, weights_only=True)["callbacks"]
+    assert state["PeriodicCheckpoint"]["stops"] == 0

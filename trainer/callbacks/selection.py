@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.callbacks.callback import Callback
 from trainer.callbacks.checkpoint import Checkpoint, ModelCheckpoint
+from trainer.callbacks.periodic import PeriodicCheckpoint
 from trainer.callbacks.progress import ProgressBar, RichProgressBar
 from trainer.callbacks.summary import ModelSummary
 from trainer.callbacks.timer import Timer
@@ -41,6 +42,11 @@ def arrange(config: Config, trainer: Trainer) -> list[Any]:
         if any(isinstance(c, Timer) for c in chosen):
             raise ConfigError("max_time and a Timer in callbacks contradict each other; give one of them.")
         chosen.append(Timer(config.max_time))
+    if config.save_every is not None:
+        periodic = PeriodicCheckpoint(config.save_every)
+        if not config.enable_checkpointing and not config.fast_dev_run:
+            raise ConfigError(f"save_every={config.save_every!r} and enable_checkpointing=False contradict each other.")
+        chosen.append(periodic)
     return ordered(chosen)
 
 
