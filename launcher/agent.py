@@ -35,6 +35,7 @@ from launcher.zygote import serve
 
 __all__ = ["main"]
 
+_PROGRESS_EVERY_S = 5.0  # rank 0's node tells the supervisor, if anything has changed
 _ABORT_GRACE_S = 1.0  # after a failure nothing can be saved any more
 
 
@@ -186,6 +187,7 @@ def _first_messages(link: Channel, timeout_s: float) -> tuple[Message, list[Mess
             selector.select(deadline - time.monotonic())
             if messages := link.receive():
                 if "refused" in messages[0]:
+                    link.close()  # the supervisor does not listen any more: why is for this node's own screen
                     raise MeetingError(f"refused by the supervisor: {messages[0]['refused']}")
                 return messages[0], messages[1:]
             if link.closed:
@@ -202,12 +204,11 @@ def _fork_zygote(spec: LaunchSpec, base: dict[str, str], link: Channel) -> tuple
     os.environ["OPENBLAS_NUM_THREADS"] = "1"
     if spec.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    script = Path(spec.cwd) / spec.program.target
-    entry = str(script.parent) if spec.program.kind == "script" else spec.cwd
     preload = () if spec.program.kind == "command" else spec.preload
     path = list(sys.path)
+    first = [] if spec.code is None else spec.code.first(path)
     for name in preload:
-        sys.path[:] = [entry, *path]
+        sys.path[:] = [spec.entry, *first, *path]
         try:
             importlib.import_module(name)
         except ImportError as error:
@@ -276,6 +277,8 @@ class Node:
         self._scheduled = orphan_grace_s is not None
         self._signalled_ns: int | None = None
         self.dismissed = False
+        self._told: Progress | None = None
+        self._tell_at = 0.0
         self.orders = list(orders)  # from the supervisor, for the rendezvous: host, world, end
         self.exits: dict[int, RankExit] = {}  # by local rank
         self._pids: dict[int, int] = {}  # alive, by local rank
@@ -348,11 +351,18 @@ class Node:
             error_file=str(error_file),
             progress=f"/proc/{os.getpid()}/fd/{page}",
         )
+        first: list[str] = []
+        if spec.code is not None:
+            first = spec.code.first(sys.path)
+            below = environment.get("PYTHONPATH", "")
+            environment["PYTHONPATH"] = os.pathsep.join([*first, *filter(None, [below])])
         program = spec.program
         order = {
             "order": "start",
             "key": str(local),
-            "program": {"kind": program.kind, "target": program.target, "args": list(program.args)},
+            "program": {"kind": program.kind, "target": spec.target, "args": list(program.args)},
+            "entry": spec.entry,
+            "path": first,
             "python": sys.executable,
             "env": environment,
             "cwd": spec.cwd,
@@ -403,6 +413,10 @@ class Node:
         if self._kill_at is not None and self._pids:
             left = max(0.0, self._kill_at - time.monotonic())
             timeout_s = left if timeout_s is None else min(timeout_s, left)
+        tells = self._scheduled and 0 in self._pids and self._places[0].rank == 0
+        if tells:
+            left = max(0.0, self._tell_at - time.monotonic())
+            timeout_s = left if timeout_s is None else min(timeout_s, left)
         for key, _ in self._selector.select(timeout_s):
             if key.fileobj is self.link:
                 self._hear_supervisor()
@@ -412,6 +426,8 @@ class Node:
                 self._awake()
             elif isinstance(key.fileobj, int):
                 self._read(key.fileobj, key.data)
+        if tells and time.monotonic() >= self._tell_at:
+            self._tell_progress()
         if self._kill_at is not None and self._pids and time.monotonic() >= self._kill_at:
             for local in self._pids:
                 self.zygote.send({"order": "kill", "key": str(local)})
@@ -447,6 +463,12 @@ class Node:
         self._selector.unregister(pipe)
         if log.read(pipe):
             self._selector.register(pipe, selectors.EVENT_READ, local)
+
+    def _tell_progress(self) -> None:
+        self._tell_at = time.monotonic() + _PROGRESS_EVERY_S
+        if 0 in self._pages and (progress := Progress.of_page(self._pages[0][1])) not in (None, self._told):
+            self._told = progress
+            self._report({"progress": progress.to_json()})
 
     def _report(self, message: Message) -> None:
         if not self.link.closed:  # without a supervisor the ranks are still brought to their end

@@ -124,13 +124,19 @@ class Array:
         place = {"LAUNCH_ARRAY_INDEX": str(index), "LAUNCH_ARRAY_COUNT": str(len(self.elements))}
         return dataclasses.replace(self.spec, program=program, environment=self.spec.environment | place)
 
-    def open(self, index: int) -> RunFolder:
-        """The element's run folder, locked; made if it is not there yet."""
-        return RunFolder.open(self.element(index).folder, self.spec_of(index))
+    def open(self, index: int, *, wait_s: float = 0.0) -> RunFolder:
+        """The element's run folder, locked; made if it is not there yet. wait_s: as of `RunFolder.open`."""
+        return RunFolder.open(self.element(index).folder, self.spec_of(index), wait_s=wait_s)
 
     def job_of(self) -> dict[int, Submission]:
         """Element -> what it was submitted as last."""
         return {index: job for job in self.jobs for index in array_indices(job.indices)[0]}
+
+    def with_spec(self, spec: LaunchSpec) -> Array:
+        """Record another spec for all elements. To be called under `hold`."""
+        array = dataclasses.replace(self, spec=spec)
+        array._write()
+        return array
 
     def submitted(self, job_id: str, indices: str) -> Array:
         """Record that elements were submitted as one job. To be called under `hold`."""

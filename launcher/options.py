@@ -25,7 +25,7 @@ Start a program on every rank, keep it running, and say what happened.
   launch --procs 4 train.py                   4 ranks here, on the CPU
   launch --procs 4 -m package.train           a module, as with python -m
   launch --nodes 2 --gpus 4 train.py          a Slurm job, followed (-d: not)
-  launch resume NAME                          go on with a stopped run
+  launch ls, show, logs, wait, cancel, retry  see to runs: launch ls --help, ...
   launch --backend local --nodes 2 --procs 2 train.py   rehearse a 2-node job
 
 A torchrun line works with its first word replaced.
@@ -50,7 +50,8 @@ SBATCH = ("partition", "account", "qos", "time", "mem", "constraint", "nodelist"
 _GROUPS = (
     ("Ranks", ("gpus", "procs", "nodes", "backend", "preload", "no_preload")),
     ("Program", ("module", "no_python")),
-    ("Run", ("run", "max_restarts", "grace")),
+    ("Run", ("run", "max_restarts", "grace", "snapshot", "no_snapshot")),
+    ("Many runs", ("array", "sweep", "sweep_file")),
     ("Output", ("show_ranks", "log_dir", "tee", "redirects", "local_ranks_filter")),
     ("Slurm (any of these, or --nodes, submits a job)",
      ("detach", "dry_run", "cpus_per_rank", "sbatch", "setup", "requeue", "max_timeouts", "stop_lead")),
@@ -105,6 +106,12 @@ PARAMETERS: list[click.Parameter] = [
     click.Option(["-r", "--redirects"], envvar="PET_REDIRECTS", metavar="0-3|R:N", help="streams not to show"),
     click.Option(["--local-ranks-filter"], envvar="PET_LOCAL_RANKS_FILTER", metavar="0,1",
                  help="local ranks shown on the console"),
+    click.Option(["--array"], metavar="0-9%4", help="run once per index, at most 4 at once"),
+    click.Option(["--sweep"], multiple=True, metavar="KEY=V,V|A:B",
+                 help="run once per value, as --KEY=V; several make a grid"),
+    click.Option(["--sweep-file"], metavar="FILE", help="run once per line, a JSON object of arguments"),
+    click.Option(["--snapshot"], is_flag=True, help="run a copy of the code as it is now [Slurm jobs do]"),
+    click.Option(["--no-snapshot"], is_flag=True, help="run the code as it is when the job begins"),
     click.Option(["-d", "--detach"], is_flag=True, help="submit, print the job's id, do not wait"),
     click.Option(["--dry-run"], is_flag=True, help="print what would be submitted, and submit nothing"),
     click.Option(["--cpus-per-rank"], type=int, metavar="N", help="CPUs for each rank [1]"),

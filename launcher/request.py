@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from launcher import sweep
 from launcher.errors import UsageError
 from launcher.hardware import find_gpus
 from launcher.options import REFUSED, SBATCH, read
@@ -18,7 +19,7 @@ from launcher.spec import LaunchSpec, Meeting, Output, Program, Slurm
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-__all__ = ["Request", "Surroundings", "parse"]
+__all__ = ["Request", "Surroundings", "parse", "slurm_name"]
 
 # Asking for one of these is asking for a new job.
 _SUBMITS = (*SBATCH, "detach", "dry_run", "cpus_per_rank", "sbatch", "setup", "requeue", "max_timeouts", "stop_lead")
@@ -69,6 +70,9 @@ class Request:
     """What a command line asks for. where: on this machine ("here"), with nodes that are started one by one
     ("meeting"), as a new job ("job"), in the allocation that this process has ("allocation"), as one node of it
     ("step").
+
+    elements: of an array, by index, each with its arguments; throttle: how many of them at once. snapshot: whether a
+    copy of the code is to be run; insist: that was asked for, and not just usual.
     """
 
     spec: LaunchSpec
@@ -76,6 +80,10 @@ class Request:
     name: str | None = None
     detach: bool = False
     dry_run: bool = False
+    elements: dict[int, tuple[str, ...]] | None = None
+    throttle: int | None = None
+    snapshot: bool = False
+    insist: bool = False
 
 
 def parse(argv: Sequence[str], surroundings: Surroundings | None = None) -> Request:
@@ -84,7 +92,37 @@ def parse(argv: Sequence[str], surroundings: Surroundings | None = None) -> Requ
     where = _where(o, Surroundings.of(os.environ) if surroundings is None else surroundings)
     spec = _spec_from(o, where)
     place = "meeting" if spec.meeting is not None else where.place
-    return Request(spec, place, o["run"], o["detach"], o["dry_run"])
+    elements, throttle = _elements(o)
+    if o["snapshot"] and o["no_snapshot"]:
+        raise UsageError("--snapshot and --no-snapshot contradict each other: give one of them")
+    snapshot = o["snapshot"] or (place == "job" and not o["no_snapshot"])
+    return Request(
+        spec, place, o["run"], o["detach"], o["dry_run"], elements, throttle, snapshot, insist="snapshot" in o["given"]
+    )
+
+
+def _elements(o: Mapping[str, Any]) -> tuple[dict[int, tuple[str, ...]] | None, int | None]:
+    if not _many(o):
+        return None, None
+    if o["sweep"] and o["sweep_file"]:
+        raise UsageError("--sweep and --sweep-file both say what to run: give one of them")
+    arguments = sweep.grid(o["sweep"]) if o["sweep"] else None
+    if o["sweep_file"]:
+        arguments = sweep.of_file(Path(o["sweep_file"]))
+    return sweep.choose(o["array"], arguments)
+
+
+def _many(o: Mapping[str, Any]) -> bool:
+    return any(o[name] for name in ("array", "sweep", "sweep_file"))
+
+
+def slurm_name(environ: Mapping[str, str]) -> str:
+    """The job, and element of an array, and step of srun's, that this is in: the same again after a requeue."""
+    job = environ["SLURM_JOB_ID"]
+    if "SLURM_ARRAY_TASK_ID" in environ:
+        job = f"{environ['SLURM_ARRAY_JOB_ID']}_{environ['SLURM_ARRAY_TASK_ID']}"
+    step = environ.get("SLURM_STEP_ID")
+    return job if step is None or not Surroundings.of(environ).step else f"{job}.{step}"
 
 
 @dataclass(frozen=True)
@@ -118,15 +156,24 @@ def _where(o: Mapping[str, Any], s: Surroundings) -> _Where:
                 f"{asked[0]} asks for a new job, but this is inside job {s.job}: leave it out to run in this "
                 "allocation, or add --backend slurm to submit another job"
             )
+        if _many(o):
+            raise UsageError(
+                f"an array or a sweep is a job of its own, and this is inside job {s.job}: add --backend slurm to "
+                "submit it, or --backend local to run its elements on this node"
+            )
         if s.step and s.tasks > s.step_nodes:
             raise UsageError(
                 f"srun started {s.tasks} tasks on {s.step_nodes} node(s), but launch starts the ranks of a node "
                 "itself: give srun --ntasks-per-node=1, or leave srun out"
             )
         if not by_hand:
+            if s.step and s.step_nodes == 1:
+                return _Where("here", 1, True)
             return _Where("step" if s.step else "allocation", s.step_nodes if s.step else s.nodes, True)
-    if o["nodes"] is not None and s.sbatch and not by_hand:
+    if (o["nodes"] is not None or _many(o)) and s.sbatch and not by_hand:
         return _Where("job", 1, True)
+    if _many(o) and by_hand:
+        raise UsageError("an array or a sweep starts its nodes itself: leave --rdzv-endpoint and --node-rank out")
     return _Where("here", 1, s.sbatch)
 
 

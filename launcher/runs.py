@@ -153,6 +153,11 @@ class RunFolder:
             folder._write_record()
         return folder
 
+    def change_spec(self, spec: LaunchSpec) -> None:
+        """Record another spec for this run, from here on."""
+        self.spec = spec
+        self._write_record()
+
     def _write_record(self) -> None:
         try:
             user = getpass.getuser()

@@ -9,11 +9,14 @@ import shutil
 import signal
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from launcher.errors import UsageError
 
-__all__ = ["LaunchSpec", "Meeting", "Output", "Program", "Slurm", "keeps_terminal"]
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+__all__ = ["Code", "LaunchSpec", "Meeting", "Output", "Program", "Slurm", "keeps_terminal"]
 
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
@@ -95,6 +98,26 @@ class Meeting:
 
 
 @dataclass(frozen=True)
+class Code:
+    """A copy of the repository `root`, from which the program and its imports come instead."""
+
+    root: str
+    copy: str
+
+    def moved(self, path: str) -> str:
+        """Where `path` is in the copy; itself if it is not below the root, or was not copied."""
+        if path == self.root or path.startswith(self.root + "/"):
+            copied = self.copy + path[len(self.root) :]
+            if os.path.exists(copied):  # noqa: PTH110  # a .venv in the repository is not in the copy
+                return copied
+        return path
+
+    def first(self, path: Iterable[str]) -> list[str]:
+        """Of the folders on a search path, those in the copy that must come first."""
+        return [moved for one in path if one and (moved := self.moved(one)) != one]
+
+
+@dataclass(frozen=True)
 class Slurm:
     """What a run asks of Slurm, and how it goes on there.
 
@@ -138,6 +161,7 @@ class LaunchSpec:
     output: Output = field(default_factory=Output)
     meeting: Meeting | None = None
     slurm: Slurm | None = None
+    code: Code | None = None
     role: str = "default"
     local_addr: str | None = None
     master_port: int | None = None
@@ -160,6 +184,24 @@ class LaunchSpec:
                 raise UsageError(f"--signals-to-handle: {name!r} is no signal that can be handled")
         if not Path(self.cwd).is_absolute():
             raise UsageError(f"the working directory {self.cwd!r} is not absolute")
+
+    @property
+    def target(self) -> str:
+        """What to run: the program as it was named, or its copy in the snapshot."""
+        if self.code is None or self.program.kind == "module":
+            return self.program.target
+        if self.program.kind == "command" and "/" not in self.program.target:
+            return self.program.target
+        path = str((Path(self.cwd) / self.program.target).resolve())
+        moved = self.code.moved(path)
+        return self.program.target if moved == path else moved
+
+    @property
+    def entry(self) -> str:
+        """The folder that the interpreter puts first on sys.path."""
+        if self.program.kind == "script":
+            return str((Path(self.cwd) / self.target).parent)
+        return self.cwd if self.code is None else self.code.moved(self.cwd)
 
     @property
     def world_size(self) -> int:
@@ -186,7 +228,7 @@ class LaunchSpec:
             output["local_ranks_filter"] = tuple(output["local_ranks_filter"])
             output["show_ranks"] = None if output["show_ranks"] is None else tuple(output["show_ranks"])
             meeting = fields.pop("meeting")
-            slurm = fields.pop("slurm")
+            slurm, code = fields.pop("slurm"), fields.pop("code")
             if slurm is not None:
                 slurm = Slurm(**slurm | {"setup": tuple(slurm["setup"])})
             for name in ("preload", "stop_signals"):
@@ -196,6 +238,7 @@ class LaunchSpec:
                 output=Output(**output),
                 meeting=None if meeting is None else Meeting(**meeting),
                 slurm=slurm,
+                code=None if code is None else Code(**code),
                 **fields,
             )
         except (KeyError, TypeError, AttributeError) as error:

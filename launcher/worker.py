@@ -38,7 +38,8 @@ __all__ = ["run"]
 def run(order: dict[str, Any]) -> None:
     """Carry out the zygote's order in this process; returns when the program ends, or raises what it raises.
 
-    The order holds: program (kind, target, args), python (interpreter), env, cwd, fds (stdout, stderr; none: keep),
+    The order holds: program (kind, target, args), python (interpreter), env, cwd, entry (what the interpreter would put
+    first on sys.path), path (folders behind it, before all others), fds (stdout, stderr; none: keep),
     terminal (stay in the terminal's session), parent (pid of the zygote), fork (False: exec a plain interpreter).
     """
     die_with_parent(order["parent"])
@@ -60,7 +61,8 @@ def run(order: dict[str, Any]) -> None:
     _fresh_randomness()
     threading.main_thread()._set_native_id()  # type: ignore[attr-defined]  # a fork leaves the parent's
     _set_threads(environment)
-    _run_python(program["kind"], program["target"], program["args"], order["python"], environment)
+    sys.path[:0] = order["path"]
+    _run_python(program["kind"], program["target"], program["args"], order["python"], environment, order["entry"])
 
 
 def _restore_signals(ignored: list[int]) -> None:
@@ -94,7 +96,12 @@ def _exec(order: dict[str, Any]) -> None:
     if program["kind"] != "command":
         # Whole lines reach the log as they are printed, and none is lost when the rank is killed.
         environment.setdefault("PYTHONUNBUFFERED", "1")
-        command = [order["python"], *(["-m"] if program["kind"] == "module" else []), *command]
+        if program["kind"] == "module" and order["entry"] != order["cwd"]:
+            # -m would look into the working directory first, where the code may be another by now.
+            start = f"import runpy, sys; sys.path[0] = {order['entry']!r}; runpy._run_module_as_main({command[0]!r})"
+            command = [order["python"], "-c", start, *command[1:]]
+        else:
+            command = [order["python"], *(["-m"] if program["kind"] == "module" else []), *command]
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # ignored signals would stay ignored across exec
     if hasattr(signal, "SIGXFSZ"):
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
@@ -158,7 +165,9 @@ def _set_openblas_threads(threads: int) -> None:
                 break
 
 
-def _run_python(kind: str, target: str, args: list[str], python: str, environment: dict[str, str]) -> NoReturn:
+def _run_python(
+    kind: str, target: str, args: list[str], python: str, environment: dict[str, str], entry: str
+) -> NoReturn:
     """The interpreter's own way of `python target args` or `python -m target args`, in a new `__main__`."""
     error_file = environment.get("TORCHELASTIC_ERROR_FILE")
     safe_path = bool(getattr(sys.flags, "safe_path", False))  # python -P, PYTHONSAFEPATH; since 3.11
@@ -178,7 +187,7 @@ def _run_python(kind: str, target: str, args: list[str], python: str, environmen
     try:
         if kind == "module":
             if not safe_path:
-                sys.path.insert(0, str(Path.cwd()))
+                sys.path.insert(0, entry)
             runpy._run_module_as_main(target)  # type: ignore[attr-defined]  # what the interpreter's -m calls
         elif pkgutil.get_importer(path) is not None:
             sys.path.insert(0, path)

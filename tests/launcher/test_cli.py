@@ -287,14 +287,15 @@ def test_version_and_flags_are_frozen() -> None:
     """Growth of the command line is a visible change."""
     found = {opt for p in options.PARAMETERS if isinstance(p, click.Option) for opt in p.opts}
     assert found - {"--version"} == {
-        "--account", "--backend", "--comment", "--constraint", "--cpus-per-rank", "--dependency", "--detach",
-        "--dry-run", "--duplicate-stderr-filters", "--duplicate-stdout-filters", "--event-log-handler", "--exclude",
-        "--gpus", "--grace", "--job-name", "--local-addr", "--local-ranks-filter", "--log-dir",
+        "--account", "--array", "--backend", "--comment", "--constraint", "--cpus-per-rank", "--dependency",
+        "--detach", "--dry-run", "--duplicate-stderr-filters", "--duplicate-stdout-filters", "--event-log-handler",
+        "--exclude", "--gpus", "--grace", "--job-name", "--local-addr", "--local-ranks-filter", "--log-dir",
         "--log-line-prefix-template", "--logs-specs", "--master-addr", "--master-port", "--max-failures",
         "--max-restarts", "--max-timeouts", "--mem", "--module", "--monitor-interval", "--nnodes", "--no-preload",
-        "--no-python", "--node-rank", "--nodelist", "--nodes", "--nproc-per-node", "--numa-binding", "--partition",
-        "--preload", "--procs", "--qos", "--rdzv-backend", "--rdzv-conf", "--rdzv-endpoint", "--rdzv-id", "--redirects",
-        "--requeue", "--reservation", "--role", "--run", "--run-path", "--sbatch", "--setup", "--show-ranks",
-        "--shutdown-timeout", "--signals-to-handle", "--standalone", "--start-method", "--stop-lead", "--tee", "--time",
-        "--virtual-local-rank", "-d", "-m", "-r", "-t",
+        "--no-python", "--no-snapshot", "--node-rank", "--nodelist", "--nodes", "--nproc-per-node", "--numa-binding",
+        "--partition", "--preload", "--procs", "--qos", "--rdzv-backend", "--rdzv-conf", "--rdzv-endpoint",
+        "--rdzv-id", "--redirects", "--requeue", "--reservation", "--role", "--run", "--run-path", "--sbatch",
+        "--setup", "--show-ranks", "--shutdown-timeout", "--signals-to-handle", "--snapshot", "--standalone",
+        "--start-method", "--stop-lead", "--sweep", "--sweep-file", "--tee", "--time", "--virtual-local-rank", "-d",
+        "-m", "-r", "-t",
     }  # fmt: skip
