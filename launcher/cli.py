@@ -17,7 +17,7 @@ import click
 from launcher import commands, index, runs, snapshot
 from launcher.arrays import Array
 from launcher.errors import LaunchError, RunError, UsageError
-from launcher.request import parse
+from launcher.request import parse, slurm_name
 from launcher.spec import keeps_terminal
 from launcher.standing import look
 
@@ -63,6 +63,11 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     sys.exit(code)
 
 
+def bootstrap() -> NoReturn:
+    """Entry of an interpreter that `python_command` starts."""
+    main()
+
+
 def say(line: str) -> None:
     """One line to the person, apart from the ranks' stdout."""
     _print_err(f"launch: {line}")
@@ -97,14 +102,30 @@ def start(argv: Sequence[str]) -> int:
             return meeting.join(spec)
         if name is None and spec.meeting.run_id != "none":
             name = re.sub(r"[^A-Za-z0-9._-]+", "-", spec.meeting.run_id).strip("-.") or None
+    if name is None and request.where in ("allocation", "step"):
+        # A job that is requeued calls launch again from the top, and is to go on with its run.
+        name = f"{spec.program.stem[:80]}-{slurm_name(os.environ)}"
     path = runs.resolve(name, cwd) if name is not None else runs.default_root(cwd) / runs.new_name(spec.program)
+    if request.dry_run:
+        from launcher.backends.slurm import rehearse
+
+        print(rehearse(path, spec), end="")
+        return 0
+    if request.where == "step":
+        from launcher.backends import slurm_step
+
+        if not slurm_step.first(os.environ):
+            return slurm_step.join(path, spec, os.environ)
+        return slurm_step.host(path, spec, _work, os.environ)
     code = snapshot.survey(spec, say, insist=request.insist) if request.snapshot else None
     if request.elements is not None:
         return _start_many(request, path, code)
     with runs.RunFolder.open(path, spec) as folder:
         if code is not None:
             folder.change_spec(dataclasses.replace(spec, code=code.copy(path)))
-        return _work(folder, listener) if request.where != "job" else _submit(folder, detach=request.detach)
+        if request.where == "job":
+            return _submit(folder, detach=request.detach)
+        return _work(folder, listener)
 
 
 def _start_many(request: Request, path: Path, code: snapshot.Survey | None) -> int:
@@ -202,6 +223,11 @@ def _work(folder: runs.RunFolder, listener: socket.socket | None) -> int:
     if state["status"] == "finished":
         say(f"run {folder.run_id} is finished already (folder {folder.path}); nothing to do")
         return 0
+    if spec.slurm is not None:
+        from launcher.backends import slurm_job
+
+        _register(folder.path, folder.created)
+        return slurm_job.run(folder, say)
     backend = "local" if listener is None else f"meeting at {spec.meeting.endpoint if spec.meeting else ''}"
     again = f", attempt {state['attempt'] + 1}" if state["attempt"] >= 0 else ""
     say(f"{backend}, run {folder.run_id}{again}: {_size(spec)}, folder {folder.path}")

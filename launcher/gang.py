@@ -6,13 +6,17 @@ A run is a row of attempts. In each, all nodes come (MEETING), node 0 opens the 
 
 from __future__ import annotations
 
+import re
 import signal
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from launcher.failure import RankExit, RootCause, find_root, how_it_ended, signal_name
 from launcher.topology import World
+
+if TYPE_CHECKING:
+    from launcher.progress import Progress
 
 __all__ = ["Action", "Gang", "Outcome", "Phase"]
 
@@ -58,11 +62,21 @@ class Gang:
     """The state of one run under one supervisor. Its methods are events, and return the actions to take, in order.
 
     together: the agents are one srun, so that where one is lost all are started again; restarts: failures that count
-    against `max_restarts` already.
+    against `max_restarts` already; failure: the last of them, as `failure` told it then.
     """
 
-    def __init__(self, slots: list[int], *, first_attempt: int, max_restarts: int, grace_s: float,
-                 master_port: int | None = None, together: bool = False, restarts: int = 0) -> None:  # fmt: skip
+    def __init__(
+        self,
+        slots: list[int],
+        *,
+        first_attempt: int,
+        max_restarts: int,
+        grace_s: float,
+        master_port: int | None = None,
+        together: bool = False,
+        restarts: int = 0,
+        failure: str | None = None,
+    ) -> None:
         self.nodes = [_Node(procs) for procs in slots]
         self.attempt = first_attempt
         self.restarts = restarts
@@ -74,6 +88,8 @@ class Gang:
         self._grace_s = grace_s
         self._master_port = master_port
         self._together = together
+        self.failure = failure  # the last one, by what it was and where: the same again is not worth another try
+        self._reached: dict[int, Progress] = {}
         self._hurried = False
         self._hopeless: int | None = None
 
@@ -129,10 +145,12 @@ class Gang:
             )
         return actions
 
-    def rank_exited(self, attempt: int, ended: RankExit) -> list[Action]:
+    def rank_exited(self, attempt: int, ended: RankExit, progress: Progress | None = None) -> list[Action]:
         if attempt != self.attempt:
             return []
         self.exits[ended.rank] = ended
+        if progress is not None:
+            self._reached[ended.rank] = progress
         if self.phase is Phase.RUNNING and ended.failed:
             self.phase = Phase.STOPPING
             return self._tell({"abort": {}})
@@ -217,10 +235,14 @@ class Gang:
             root = None
         if self._hopeless is not None:
             return self._end(Outcome("failed", self._hopeless, cause, root))
+        before, self.failure = self.failure, self._told(root)
+        if before is not None and before == self.failure:
+            again = f"{cause}: the same exception at the same step, with no newer checkpoint, so it is not tried again"
+            return self._end(Outcome("failed", root.exit_code if root is not None else 1, again, root))
         if self.restarts < self._max_restarts:
             self.restarts += 1
             self.attempt += 1
-            exits, self.exits = self.exit_codes(), {}
+            exits, self.exits, self._reached = self.exit_codes(), {}, {}
             self.phase = Phase.MEETING
             actions = [
                 Action(
@@ -237,6 +259,17 @@ class Gang:
             return actions + self._meet()
         code = root.exit_code if root is not None else 1
         return self._end(Outcome("failed", code, cause, root))
+
+    def _told(self, root: RootCause | None) -> str | None:
+        """A failure by its exception and place; None if it told no exception, or its program tells no steps."""
+        progress = None if root is None else self._reached.get(root.exit.rank)
+        if root is None or root.exit.error is None or progress is None:
+            return None
+        error = root.exit.error
+        # Numbers in a message (addresses, times) differ where nothing else does.
+        message = re.sub(r"\d+", "0", str(error.get("message", "")))
+        kept = progress.began if progress.saved is None else progress.saved
+        return f"{error.get('type', '')}: {message} at step {progress.step}, checkpoint {kept}"
 
     def _stopped(self, root: RootCause | None, codes: set[int]) -> Outcome:
         assert self.stop_cause is not None

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Supervisor", "agent_command", "python_command", "report", "spec_pipe", "stop_signals"]
 
+_EXPLAINED_WITHIN_S = 1.5
+_SHOWN_EVERY_S = 30.0  # a write to a shared file system
 _ROOT = str(Path(__file__).resolve().parent.parent)
 # The launcher must be found wherever it was installed, and nothing of it may be importable by accident: neither the
 # working directory nor the launcher's own folder may stay on sys.path.
@@ -117,7 +119,7 @@ class Supervisor:
 
     local: the node ranks of the agents to spawn here (None: by order of arrival); listener: where agents that others
     start connect, with `token`; say: how to tell a person (one line at a time). scheduler: starts all agents instead,
-    and knows why and until when the job is stopped; restarts: failures that count already.
+    and knows why and until when the job is stopped; restarts, failure: failures that count already, and the last one.
     """
 
     def __init__(
@@ -133,6 +135,7 @@ class Supervisor:
         where: str = "",
         scheduler: Scheduler | None = None,
         restarts: int = 0,
+        failure: str | None = None,
     ) -> None:
         spec = run.spec
         state = run.state()
@@ -145,6 +148,7 @@ class Supervisor:
             master_port=spec.master_port,
             together=scheduler is not None,
             restarts=restarts,
+            failure=failure,
         )
         self._host_of: dict[int, str] = {}
         self.unreachable: set[str] = set()  # hosts that fell silent
@@ -152,6 +156,10 @@ class Supervisor:
         self._step: subprocess.Popen[bytes] | None = None  # the scheduler's way to the agents
         self._stop_by: float | None = None  # seconds since 1970, of a stop that is under way
         self._inquired = 0.0
+        self._live: Progress | None = None  # of rank 0, as it runs
+        self._shown = 0.0
+        self._asked_here = False  # this process itself has received a stop signal
+        self._unexplained: float | None = None  # when (monotonic) a SIGTERM without a reason is taken at its word
         self._say = say
         self._local = local
         self._listener = listener
@@ -243,7 +251,10 @@ class Supervisor:
             if self._scheduler is not None and number != signal.SIGINT:
                 self._inquire(number)
                 continue
-            if self.gang.stop_cause is not None:
+            again, self._asked_here = self._asked_here, True
+            if self.gang.stop_cause is not None and not again:
+                continue  # an agent had it first
+            if again:
                 self._say(f"{signal_name(number)} again: the ranks are killed now")
             self._stop(signal_name(number))
         self._watch_scheduler()
@@ -261,7 +272,10 @@ class Supervisor:
             due.append(self._meet_by - time.monotonic())
         if (at := self._warning()) is not None:
             due.append(at - time.time())
-        return max(0.0, min(due)) if due else None
+        if self._unexplained is not None:
+            due.append(self._unexplained - time.monotonic())
+        # epoll counts milliseconds in 32 bits, and a job without a time limit may end in a year.
+        return min(max(0.0, min(due)), 3600.0) if due else None
 
     def _stop(self, cause: str, grace_s: float | None = None) -> None:
         if self.gang.stop_cause is None and self.gang.phase in (Phase.RUNNING, Phase.STOPPING):
@@ -288,13 +302,28 @@ class Supervisor:
         at = self._warning()
         if at is not None and time.time() >= at:
             self._inquire(None)
+        if self._unexplained is not None and time.monotonic() >= self._unexplained:
+            self._explain()
 
     def _warning(self) -> float | None:
         if self._scheduler is None or self.gang.stop_cause is not None:
             return None
-        return self._scheduler.stop_at(None if self._progress is None else self._progress.save_s)
+        return self._scheduler.stop_at(None if self._live is None else self._live.save_s)
 
-    def _inquire(self, number: int | None) -> bool:
+    def _at_step(self, progress: Progress) -> None:
+        """Rank 0 is so far: what people see of a run that runs, and what the time before its limit is learned from."""
+        self._live = progress
+        if time.monotonic() - self._shown >= _SHOWN_EVERY_S:
+            self._shown = time.monotonic()
+            self.run.set_state(progress=progress.to_json())
+
+    def _explain(self) -> None:
+        """Decide on a SIGTERM that nothing explained so far."""
+        self._unexplained = None
+        if self.gang.phase is Phase.RUNNING:
+            self._inquire(signal.SIGTERM, last=True)
+
+    def _inquire(self, number: int | None, *, last: bool = False) -> bool:
         """Find out why the job is stopped, if it is, and tell the ranks; returns whether it is.
 
         Slurm signals every process on every node, and each agent passes its own on.
@@ -305,9 +334,16 @@ class Supervisor:
         self._inquired = time.monotonic()
         if stop is None:
             return False
+        if number == signal.SIGTERM and stop.cause in ("signalled", "unknown") and not last:
+            # The signal may be faster than the controller's record of why; and srun sends it to the other agents when
+            # one of them is gone, which is about to be heard. Whom it was meant for has it already.
+            if self._unexplained is None and self.gang.stop_cause is None:
+                self._unexplained = time.monotonic() + _EXPLAINED_WITHIN_S
+            return False
+        self._unexplained = None
         if self.gang.stop_cause is None:
             self._stop_by = stop.deadline
-            unnamed = stop.cause in ("signalled", "unknown") and number is not None
+            unnamed = stop.cause in ("signalled", "unknown")
             self._stop(signal_name(number or 0) if unnamed else stop.cause, self._grace(stop.deadline))
         elif stop.deadline is not None and (self._stop_by is None or stop.deadline < self._stop_by - 1):
             self._stop_by = stop.deadline
@@ -369,14 +405,20 @@ class Supervisor:
             ended = RankExit.from_json(message["exited"]).on_clock(agent.shift_ns)
             if ended.failed and self.gang.phase is Phase.RUNNING and self._inquire(None):
                 ended = replace(ended, asked=True)  # of the scheduler's signal, which came before our own word
-            if message["attempt"] == self.gang.attempt and message["progress"] is not None:
-                self._progress = Progress(**message["progress"]).and_of(self._progress)
-            self._do(self.gang.rank_exited(message["attempt"], ended))
+            progress = None if message["progress"] is None else Progress(**message["progress"])
+            if message["attempt"] == self.gang.attempt and progress is not None:
+                self._progress = progress.and_of(self._progress)
+            self._do(self.gang.rank_exited(message["attempt"], ended, progress))
+        elif "progress" in message:
+            self._at_step(Progress(**message["progress"]))
         elif "drained" in message:
+            if self._unexplained is not None:
+                self._explain()  # the ranks died of it
             self._do(self.gang.node_drained(agent.index, message["attempt"]))
         elif "signalled" in message and self._scheduler is not None:
             self._inquire(message["signalled"])
-        elif "signalled" in message:
+        elif "signalled" in message and self.gang.stop_cause is None:
+            # Once: whoever signals every process of a node or of a job means one stop.
             self._stop(f"{signal_name(message['signalled'])} to the agent of node {agent.index}")
 
     def _greet(self, agent: _Agent, hello: dict[str, Any]) -> None:

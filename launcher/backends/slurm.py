@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launcher.backends import slurm_job
+from launcher.backends.slurm_records import SCONTROL, query_environment, read_scontrol
 from launcher.backends.slurm_submission import BatchExecutor
-from launcher.errors import UsageError
-from launcher.runs import write_json
+from launcher.backends.slurm_tools import ask
+from launcher.errors import ClusterError, RunError, UsageError
+from launcher.runs import read_json, write_json
+from launcher.topology import World, places, rank_environment
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -18,7 +21,7 @@ if TYPE_CHECKING:
     from launcher.runs import RunFolder
     from launcher.spec import LaunchSpec
 
-__all__ = ["executor", "submit", "submit_run"]
+__all__ = ["check_shared", "executor", "rehearse", "submit", "submit_run"]
 
 # What only one host sees, wherever it is mounted.
 _IN_MEMORY = {"tmpfs", "ramfs", "devtmpfs"}
@@ -88,8 +91,48 @@ def submit(
 
 
 def submit_run(folder: RunFolder) -> str:
-    """Submit a run, which starts with fresh budgets; returns the job's id."""
+    """Submit a run, which starts with fresh budgets; returns the job's id. Raises `RunError` if it has one."""
+    _check_free(folder)
     folder.set_state(ledger={}, goes_on=True)
     job_id = submit(folder.path, folder.spec)
     folder.event("submitted", job_id=job_id)
     return job_id
+
+
+def _check_free(folder: RunFolder) -> None:
+    known = read_json(folder.path / "slurm.json")
+    if known is None:
+        return
+    job_id = known["job_id"]
+    try:
+        text = ask(*SCONTROL, job_id, environ=query_environment(os.environ))
+    except ClusterError:
+        return  # forgotten, so over
+    record = read_scontrol(text).get(job_id)
+    # A number that a slurmctld without its state gave out again is another job's.
+    if record is not None and not record.over and f"{folder.path}/" in text:
+        raise RunError(
+            f"run {folder.run_id} is job {job_id} already ({record.state}); wait for it (launch logs -f {job_id}), "
+            f"or end it (launch cancel {job_id})"
+        )
+
+
+def rehearse(path: Path, spec: LaunchSpec) -> str:
+    """What would be submitted for a run in the folder `path`, and the environment of each rank; nothing is done."""
+    check_shared(path)
+    sender = executor(path, spec)
+    lines = [f"# run folder: {path}", f"# Slurm says: {sender.test()}", "", sender.script()]
+    world = World(0, 0, (spec.procs,) * spec.nodes, "<address of the first node>", 0)
+    environments = [
+        rank_environment({}, spec, world, place, run_id=path.name, run_dir=str(path),
+                         error_file=f"{path}/logs/attempt-0/rank-{place.rank}.error.json", progress="<memfd>")
+        | {"MASTER_PORT": "<free port>"}
+        for node in range(spec.nodes) for place in places(world, node)
+    ]  # fmt: skip
+    common = {k: v for k, v in environments[0].items() if all(e.get(k) == v for e in environments)}
+    lines += ["# environment of every rank, beside the job's own"]
+    lines += [f"#   {name}={value}" for name, value in sorted(common.items())]
+    for environment in environments:
+        own = " ".join(f"{name}={value}" for name, value in environment.items() if name not in common)
+        lines.append(f"# rank {environment['RANK']}: {own}")
+    return "\n".join(lines) + "\n"

@@ -20,18 +20,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launcher import index
 from launcher.backends.slurm_records import SCONTROL, JobRecord, query_environment, read_scontrol
 from launcher.backends.slurm_requeue import Ledger, Verdict, decide
 from launcher.backends.slurm_stop import Stop, grace_of_partition, kill_wait_of_config, why
 from launcher.backends.slurm_tools import ask
-from launcher.errors import ClusterError, LaunchError, RunError
+from launcher.errors import ClusterError, LaunchError, MeetingError
 from launcher.gang import Outcome
 from launcher.processes import become_subreaper
 from launcher.runs import RunFolder
 from launcher.supervisor import Supervisor, agent_command, python_command, report
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from launcher.spec import LaunchSpec
 
@@ -114,6 +115,13 @@ class Job:
         )
 
     def stop_now(self, number: int | None) -> Stop | None:
+        stop = self._inquire()
+        if stop.cause in ("signalled", "unknown") and number is None:
+            return None
+        self.stop, self.signal = stop, number
+        return stop
+
+    def _inquire(self) -> Stop:
         at = time.time()
         try:
             now = self._ask().record
@@ -125,9 +133,6 @@ class Job:
         due = self.stop_at(None)
         if stop.cause in ("signalled", "unknown") and due is not None and at >= due:
             stop = Stop("time limit", self.before.end)
-        if stop.cause in ("signalled", "unknown") and number is None:
-            return None
-        self.stop, self.signal = stop, number
         return stop
 
     def stop_at(self, save_s: float | None) -> float | None:
@@ -173,6 +178,7 @@ class Job:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         self._patiently(lambda: self._tool("scontrol", "requeue", self.job_id, timeout_s=20.0))
         if exclude:
+            exclude = [*filter(None, [str(self.slurm.options.get("exclude", ""))]), *exclude]
             # Refused while the job runs; it takes a moment after the requeue until it does not.
             with contextlib.suppress(ClusterError):
                 self._patiently(
@@ -217,8 +223,7 @@ def _own_run(folder: Path, environ: Mapping[str, str]) -> RunFolder:
         return RunFolder.open(folder, None, wait_s=120)
     from launcher.arrays import Array
 
-    array, index = Array.read(folder), int(environ["SLURM_ARRAY_TASK_ID"])
-    return RunFolder.open(array.element(index).folder, array.spec_of(index), wait_s=120)
+    return Array.read(folder).open(int(environ["SLURM_ARRAY_TASK_ID"]), wait_s=120)
 
 
 def run(folder: RunFolder, say: Callable[[str], None]) -> int:
@@ -242,8 +247,18 @@ def run(folder: RunFolder, say: Callable[[str], None]) -> int:
     with listener:
         supervisor = Supervisor(folder, local=(), say=say, listener=listener, token=secrets.token_hex(16),
                                 where=f"{socket.gethostname()} port {listener.getsockname()[1]}", scheduler=job,
-                                restarts=ledger.failures)  # fmt: skip
-        outcome = supervisor.work()
+                                restarts=ledger.failures, failure=ledger.failure)  # fmt: skip
+        lost = {}
+        try:
+            outcome = supervisor.work()
+            lost = supervisor.lost
+        except LaunchError as error:
+            outcome = Outcome("failed", error.exit_code, str(error))
+            _record(folder, outcome, supervisor.gang.attempt)
+            if not isinstance(error, (ClusterError, MeetingError)):
+                folder.set_state(goes_on=False)
+                raise
+            lost = {record.nodes[i]: str(error) for i in supervisor.gang.missing if i < len(record.nodes)}
     verdict = decide(
         outcome,
         job.settle(),
@@ -251,13 +266,29 @@ def run(folder: RunFolder, say: Callable[[str], None]) -> int:
         job.slurm,
         failures=supervisor.gang.restarts,
         progress=supervisor.progress,
-        lost=supervisor.lost,
+        lost=lost,
+        by_user_signal=job.signal in (signal.SIGUSR1, signal.SIGUSR2),
     )
-    return _conclude(folder, job, outcome, verdict, say, sorted(supervisor.unreachable))
+    verdict = replace(verdict, ledger=replace(verdict.ledger, failure=supervisor.gang.failure))
+    return _conclude(folder, job, outcome, verdict, say, silent=sorted(supervisor.unreachable))
+
+
+def _record(folder: RunFolder, outcome: Outcome, attempt: int) -> None:
+    """What the supervisor records of an end, where it could not."""
+    folder.event("end", status=outcome.status, code=outcome.code, cause=outcome.cause, attempt=attempt, exits={},
+                 progress=None)  # fmt: skip
+    folder.set_state(status=outcome.status, exit_code=outcome.code, cause=outcome.cause)
 
 
 def _conclude(
-    folder: RunFolder, job: Job, outcome: Outcome, verdict: Verdict, say: Callable[[str], None], silent: list[str]
+    folder: RunFolder,
+    job: Job,
+    outcome: Outcome,
+    verdict: Verdict,
+    say: Callable[[str], None],
+    *,
+    silent: Sequence[str] = (),
+    by: str = "supervisor",
 ) -> int:
     ledger = verdict.ledger
     excluded = {**(ledger.excluded or {}), **dict.fromkeys(silent, outcome.cause)}
@@ -280,11 +311,29 @@ def _conclude(
     if verdict.by_slurm:
         say(f"{verdict.why}: Slurm has put the job back into the queue")
         folder.event("requeued", job_id=job.before.job_id, restart=job.restart, by="Slurm")
-    elif _mark(folder.path, job, verdict.why, by="supervisor"):
-        say(f"{verdict.why}: the job goes back into the queue")
-        folder.event("requeued", job_id=job.before.job_id, restart=job.restart, by="supervisor")
-        job.requeue(sorted(excluded))
+    elif _mark(folder.path, job, verdict.why, by=by):
+        if job.slurm.requeue == "resubmit":
+            _resubmit(folder, job, verdict.why, sorted(excluded), say)
+        else:
+            say(f"{verdict.why}: the job goes back into the queue")
+            folder.event("requeued", job_id=job.before.job_id, restart=job.restart, by=by)
+            job.requeue(sorted(excluded))
     return outcome.code
+
+
+def _resubmit(folder: RunFolder, job: Job, why: str, exclude: Sequence[str], say: Callable[[str], None]) -> None:
+    """Go on as a new job, which is not held for cred_expire as a requeued one is. submitit is imported here."""
+    from launcher.backends.slurm import submit
+
+    options = dict(job.slurm.options)
+    if exclude:
+        options["exclude"] = ",".join(filter(None, [str(options.get("exclude", "")), *exclude]))
+    spec = replace(folder.spec, slurm=replace(job.slurm, options=options))
+    job_id = submit(folder.path, spec)
+    folder.event("resubmitted", job_id=job_id, after=job.before.job_id, restart=job.restart)
+    if (why_not := index.register(folder.path, folder.created, job_id)) is not None:
+        say(why_not)
+    say(f"{why}: goes on as job {job_id}")
 
 
 def _mark(folder: Path, job: Job, cause: str, *, by: str) -> bool:
@@ -309,5 +358,5 @@ def _inherit(path: Path) -> int:
         outcome = Outcome("failed", 1, "the supervisor was killed")
         verdict = decide(outcome, stop, Ledger(**state.get("ledger", {})), job.slurm, failures=0, progress=None,
                          lost={socket.gethostname(): "the supervisor was killed"})  # fmt: skip
-        folder.event("supervisor-killed", job_id=job.before.job_id, restart=job.restart)
-        return _conclude(folder, job, outcome, verdict, _say, [])
+        _record(folder, outcome, state["attempt"])
+        return _conclude(folder, job, outcome, verdict, _say, by="agent")

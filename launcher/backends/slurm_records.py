@@ -246,7 +246,7 @@ def merge(
         return now
     if last is not None and last.over:
         if controller is None and (last.state, last.exit_code, last.signal) == ("FAILED", 0, 0):
-            # Accounting says this for a moment of jobs that end in another way (seen on 22.05: COMPLETED a second later).
+            # Accounting says this for a moment of jobs that end in another way (22.05: COMPLETED a second later).
             return replace(last, state="COMPLETING", exit_code=None, signal=None)
         return last
     if own is not None and own.over:
@@ -258,8 +258,9 @@ def merge(
     array = job_id.partition("_")[0] + "_"
     if controller is not None and last is None and any(one.startswith(array) for one in accounting or ()):
         # Accounting has every element that began, and nobody knows this one, which is no longer in the queue.
-        known = own or JobRecord(job_id=job_id, raw_id=job_id, state="", source="accounting")
-        return replace(known, state="CANCELLED", source="accounting", reason="cancelled before it started")
+        return JobRecord(
+            job_id=job_id, raw_id=job_id, state="CANCELLED", source="accounting", reason="cancelled before it started"
+        )
     known = last or own
     if known is None:
         return JobRecord(job_id=job_id, raw_id=job_id, state="UNKNOWN", source="")

@@ -22,7 +22,8 @@ class Ledger:
     """What a run has used up of its budgets since a person last started it.
 
     failures: restarts after ranks failed; timeouts: time limits; fruitless: lives in a row that left no newer
-    checkpoint; saved: the newest checkpoint's step; save_s: how long it took; excluded: hosts to be avoided, and why.
+    checkpoint; saved: the newest checkpoint's step; save_s: how long it took; failure: the last one (see Gang);
+    excluded: hosts to be avoided, and why.
     """
 
     failures: int = 0
@@ -30,6 +31,7 @@ class Ledger:
     fruitless: int = 0
     saved: int | None = None
     save_s: float | None = None
+    failure: str | None = None
     excluded: dict[str, str] | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -57,13 +59,15 @@ def decide(
     failures: int,
     progress: Progress | None,
     lost: dict[str, str],
+    by_user_signal: bool = False,
 ) -> Verdict:
     """What comes after `outcome`.
 
     stop: what Slurm was stopping the job for; failures: restarts so far; progress: of the last attempt; lost: hosts
-    whose agents went away without being asked, with how, when that is why the run ended.
+    whose agents went away without being asked, with how, when that is why the run ended; by_user_signal: SIGUSR1 or
+    SIGUSR2 stopped it, by which people and `sbatch --signal` ask a job to save and go on later.
     """
-    now = _counted(ledger, failures, progress)
+    now = _counted(ledger, failures, progress, left_cleanly=outcome.code == 75)
     if outcome.status == "finished":
         return Verdict(False, outcome.cause, now)
     cause = "" if stop is None else stop.cause
@@ -81,35 +85,42 @@ def decide(
             used = f"the time limit was reached, {now.timeouts} of --max-timeouts {slurm.max_timeouts}"
             return Verdict(now.timeouts <= slurm.max_timeouts, used, now)
         # Code 75 is the program's own word that it can go on.
-        return _while_fruitful(now, "the time limit was reached", said_so=outcome.code == 75 and progress is None)
+        return _while_fruitful(
+            ledger, now, "the time limit was reached", said_so=outcome.code == 75 and progress is None
+        )
     if outcome.status == "failed" and lost:
         what = "; ".join(f"{host}: {how}" for host, how in lost.items())
-        return _while_fruitful(now, what, said_so=False)
-    if outcome.status == "stopped" and outcome.code == 75 and cause == "":
-        return _while_fruitful(now, outcome.cause, said_so=progress is None)
+        return _while_fruitful(ledger, now, what, said_so=False)
+    if outcome.code == 75 and (cause == "" or by_user_signal):
+        return _while_fruitful(ledger, now, outcome.cause, said_so=progress is None)
     if cause == "node failure":
         return Verdict(True, "a node failed", now)
     return Verdict(False, outcome.cause, now)
 
 
-def _counted(ledger: Ledger, failures: int, progress: Progress | None) -> Ledger:
-    saved = None if progress is None else progress.saved
-    newer = saved is not None and (ledger.saved is None or saved > ledger.saved)
+def _counted(ledger: Ledger, failures: int, progress: Progress | None, *, left_cleanly: bool) -> Ledger:
+    saved = None
+    if progress is not None:
+        # With code 75 a program says that it saved where it stopped; what it began at somebody had saved.
+        saved = (progress.step if left_cleanly else progress.saved) or progress.began
+    newer = saved is not None and saved > (ledger.saved or 0)
     return replace(
         ledger,
         failures=failures,
         saved=saved if newer else ledger.saved,
         save_s=ledger.save_s if progress is None or progress.save_s is None else progress.save_s,
-        fruitless=0 if newer else ledger.fruitless + 1,
+        fruitless=0 if newer else ledger.fruitless,
     )
 
 
-def _while_fruitful(now: Ledger, why: str, *, said_so: bool) -> Verdict:
-    if said_so or now.fruitless <= _FRUITLESS:
+def _while_fruitful(ledger: Ledger, now: Ledger, why: str, *, said_so: bool) -> Verdict:
+    if said_so or now.saved != ledger.saved:
         return Verdict(True, why, now)
-    return Verdict(
-        False, f"{why}; the last {now.fruitless} times without a newer checkpoint, so it is not tried again", now
-    )
+    now = replace(now, fruitless=now.fruitless + 1)
+    if now.fruitless <= _FRUITLESS:
+        return Verdict(True, why, now)
+    said = f"{why}; {now.fruitless} times in a row without a newer checkpoint, so it is not tried again"
+    return Verdict(False, said, now)
 
 
 def _word(cause: str) -> str:

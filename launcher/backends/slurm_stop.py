@@ -11,6 +11,7 @@ scontrol requeue, by anybody   COMPLETING   one more  gone again
 one of its nodes went down     COMPLETING   one more  gone again        the node is gone from NodeList
 time limit                     COMPLETING   same      none              Reason=TimeLimit
 scancel                        COMPLETING   same      none              Reason=None, EndTime = now
+the batch script was SIGKILLed COMPLETING   same      none              Reason=JobLaunchFailure, ExitCode=0:9
 scancel --signal               RUNNING      same      none
 =============================  ===========  ========  ================  ===================
 """
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Cause", "Stop", "grace_of_partition", "kill_wait_of_config", "why"]
 
-Cause = Literal["preempted", "time limit", "cancelled", "requeued", "node failure", "signalled", "unknown"]
+Cause = Literal["preempted", "time limit", "cancelled", "requeued", "node failure", "killed", "signalled", "unknown"]
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,11 @@ def why(before: JobRecord, now: JobRecord | None, *, at: float, grace_s: float, 
             return Stop("preempted", at + kill_wait_s)  # PreemptMode=CANCEL; before its end a grace is cut by scancel
         if now.state == "NODE_FAIL":
             return Stop("node failure", at + kill_wait_s)
-        limit = now.state in ("TIMEOUT", "DEADLINE") or now.reason == "TimeLimit"
-        return Stop("time limit" if limit else "cancelled", at + kill_wait_s)
+        if now.state in ("TIMEOUT", "DEADLINE") or now.reason == "TimeLimit":
+            return Stop("time limit", at + kill_wait_s)
+        # A later Slurm calls it RaisedSignal.
+        killed = now.reason.startswith(("JobLaunchFailure", "RaisedSignal", "NonZeroExitCode"))
+        return Stop("killed" if killed else "cancelled", at + kill_wait_s)
     if now.preempted is not None:
         # A job without a time limit may have no EndTime, or one in a year.
         ends = [now.preempted + grace_s] + ([] if now.end is None else [now.end])

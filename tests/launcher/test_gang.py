@@ -6,6 +6,7 @@ import pytest
 
 from launcher.failure import RankExit
 from launcher.gang import Gang, Phase
+from launcher.progress import Progress
 
 
 def gang(nodes: int = 2, procs: int = 1, **settings) -> Gang:
@@ -261,3 +262,59 @@ def test_a_node_gone_during_a_stop() -> None:
     g.stop("SIGTERM")
     assert brief(g.node_gone(0, "lost")) == []
     assert out(g, ended(1, 75, asked=True)) == ["end stopped 75"]
+
+
+def test_agents_of_one_srun_are_all_started_again() -> None:
+    g = running(gang(max_restarts=1, together=True))
+    assert brief(g.node_gone(0, "its connection was lost")) == ["send 1 abort"]
+    assert out(g, ended(1, -15, asked=True)) == ["restarting", "respawn -1"]
+    assert g.missing == [0, 1]
+    assert g.node_gone(1, "told to leave") == []
+    running(g)
+    assert out(g, ended(0, 0), ended(1, 0)) == ["end finished 0"]
+
+
+def test_less_time_than_was_said() -> None:
+    g = running(gang())
+    assert g.stop("preempted", 20.0)[0].message == {"stop": {"grace_s": 20.0}}
+    assert [a.message for a in g.sooner("cancelled", 3.0)] == [{"stop": {"grace_s": 3.0}}] * 2
+    assert out(g, ended(0, -9, asked=True), ended(1, -9, asked=True)) == ["end stopped 137"]
+    assert g.outcome is not None
+    assert g.outcome.cause == "cancelled; ranks were killed, 3 s of grace were over"
+
+
+def fails(g: Gang, says: str, **progress) -> str:
+    e = ended(1, 1, says=says)
+    actions = g.rank_exited(g.attempt, e, Progress(**progress) if progress else None)
+    actions += g.rank_exited(g.attempt, ended(0, -15, asked=True))
+    for node in (0, 1):
+        actions += g.node_drained(node, g.attempt)
+    return brief(actions)[-1]
+
+
+def test_the_same_failure_at_the_same_step_is_not_tried_again() -> None:
+    g = running(gang(max_restarts=9))
+    assert fails(g, "bad sample at 0x1234", step=7, saved=5) == "send 0 host"
+    running(g)
+    assert fails(g, "bad sample at 0x9999", step=7, began=5) == "end failed 1"
+    assert g.outcome is not None
+    assert "same exception at the same step" in g.outcome.cause
+
+
+@pytest.mark.parametrize(
+    "second",
+    [{"step": 8, "began": 5}, {"step": 7, "began": 5, "saved": 6}, {}],
+    ids=["a later step", "a newer checkpoint", "nobody tells"],
+)
+def test_another_failure_is_tried_again(second: dict) -> None:
+    g = running(gang(max_restarts=9))
+    fails(g, "bad sample", **({"step": 7, "saved": 5} if second else {}))
+    running(g)
+    assert fails(g, "bad sample", **second) == "send 0 host"
+
+
+def test_a_failure_of_an_earlier_life_counts() -> None:
+    first = running(gang())
+    fails(first, "bad sample", step=7, saved=5)
+    g = running(gang(max_restarts=9, restarts=1, failure=first.failure))
+    assert fails(g, "bad sample", step=7, began=5) == "end failed 1"
