@@ -5,12 +5,23 @@ LaunchError
 ├── RunError         the run folder is in use, finished, or not what was asked for
 ├── MeetingError     nodes that should meet did not: names who is missing and where they were awaited
 ├── ClusterError     the scheduler refused, or gave an answer that cannot be read: ask who runs the cluster
+├── UncompletedJobError  a job from Python has no result: it was stopped
+│   └── FailedJobError   it failed: the traceback of its function is in it
 └── InternalError    our own invariant broke: please report it
 """
 
 from __future__ import annotations
 
-__all__ = ["ClusterError", "InternalError", "LaunchError", "MeetingError", "RunError", "UsageError"]
+__all__ = [
+    "ClusterError",
+    "FailedJobError",
+    "InternalError",
+    "LaunchError",
+    "MeetingError",
+    "RunError",
+    "UncompletedJobError",
+    "UsageError",
+]
 
 
 class LaunchError(Exception):
@@ -37,6 +48,14 @@ class MeetingError(LaunchError):
 
 class ClusterError(LaunchError):
     """The scheduler refused what was asked of it, or its answer cannot be read: the message quotes it."""
+
+
+class UncompletedJobError(LaunchError):
+    """A job from Python is over and has no result."""
+
+
+class FailedJobError(UncompletedJobError):
+    """It failed: the message has the traceback of each rank whose function raised."""
 
 
 class InternalError(LaunchError):

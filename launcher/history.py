@@ -123,6 +123,8 @@ def read(folder: Path) -> History:
         number = event.get("attempt")
         if what in ("submitted", "requeued", "resubmitted"):
             ready = at
+        elif what == "job" and ready is None and not attempts:
+            ready = event.get("submitted")  # an element of an array has no word of its submission
         elif what == "attempt":
             attempts.append(
                 Attempt(

@@ -205,6 +205,9 @@ def _of_state(standing: Standing, job: dict[str, Any] | None) -> _Recorded:
         unended = stale or not over
         if stale:
             standing = replace(standing, status="waiting", cause="", code=None)
+        elif over and state.get("goes_on"):
+            # Back in the queue, as it was left; Slurm knows whether somebody has cancelled it since.
+            unended, standing = True, replace(standing, status="waiting", cause=f"{cause}; waits to go on", code=None)
         return _Recorded(standing, unsure=unended or status == "stopped", unended=unended)
     if not over and holder(state) is None:
         if standing.host not in (None, socket.gethostname()):
@@ -251,8 +254,8 @@ def _settle(one: _Recorded, answers: Mapping[str, JobRecord]) -> Standing:
     if not one.unsure or job is None:
         return replace(standing, status="waiting") if standing.status == "new" else standing
     if job.state in _WAITING:
-        cause = f"{standing.cause}; waits to go on" if one.standing.status == "stopped" and standing.cause else ""
-        return replace(standing, status="waiting", cause=cause or job.reason, code=None)
+        cause = standing.cause or job.reason
+        return replace(standing, status="waiting", cause=cause, code=None)
     if job.state in ("UNKNOWN", "LOST"):
         if not one.unended:
             return standing  # it ended, and the record says how
