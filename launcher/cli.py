@@ -37,7 +37,11 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Entry of the `launch` command."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        if arguments[:1] in (["resume"], ["retry"]):
+        if "_LAUNCH_COMPLETE" in os.environ:
+            from launcher.commands import completion
+
+            code = completion.answer()
+        elif arguments[:1] in (["resume"], ["retry"]):
             code = retry(arguments[0], arguments[1:])
         elif arguments and arguments[0] in commands.NAMES:
             code = commands.run(arguments[0], arguments[1:])
@@ -166,7 +170,7 @@ def _run_elements(array: Array, indices: list[int]) -> int:
     return codes[failed[0]] if failed else 75
 
 
-_RETRY = click.Command(
+RETRY = click.Command(
     "retry",
     params=[
         commands.Runs(many=False),
@@ -181,7 +185,7 @@ _RETRY = click.Command(
 
 def retry(word: str, argv: Sequence[str]) -> int:
     """`launch retry ID` and `launch resume ID`"""
-    with _RETRY.make_context(f"launch {word}", list(argv)) as ctx:
+    with RETRY.make_context(f"launch {word}", list(argv)) as ctx:
         o = dict(ctx.params)
     found = index.find(o["runs"], Path.cwd())
     standing = look([found]).runs[0]

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["cancel", "run"]
 
-_COMMAND = click.Command(
+COMMAND = click.Command(
     "cancel",
     params=[Runs(), click.Option(["--json", "as_json"], is_flag=True, help="one JSON array: name, did")],
     help="Ask runs to save and leave: SIGTERM to the launch that works on them here, scancel for Slurm jobs. Of an "
@@ -36,7 +36,7 @@ _COMMAND = click.Command(
 
 def run(argv: Sequence[str]) -> int:
     """Exit code: see the help."""
-    o = options(_COMMAND, argv)
+    o = options(COMMAND, argv)
     runs = [index.find(text, Path.cwd()) for text in o["runs"]]
     did, code = [], 0
     for found, standing in zip(runs, look(runs).runs, strict=True):

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["run"]
 
-_COMMAND = click.Command(
+COMMAND = click.Command(
     "config",
     params=[click.Option(["--json", "as_json"], is_flag=True, help="one JSON object")],
     help="Show which defaults hold in this folder, and which file each came from. The command line and PET_ variables "
@@ -29,7 +29,7 @@ _COMMAND = click.Command(
 
 def run(argv: Sequence[str]) -> int:
     """Exit code: 0; 2 if a file says what it may not."""
-    o = options(_COMMAND, argv)
+    o = options(COMMAND, argv)
     cwd = Path.cwd()
     found = load(PARAMETERS, cwd, os.environ)
     places = files(cwd, os.environ)

@@ -35,7 +35,7 @@ _LONGEST = 1 << 20
 _FILE = re.compile(r"rank-(\d+)\.log")
 _ATTEMPT = re.compile(r"attempt-(\d+)")
 
-_COMMAND = click.Command(
+COMMAND = click.Command(
     "logs",
     params=[
         Runs(many=False),
@@ -51,7 +51,7 @@ _COMMAND = click.Command(
 
 def run(argv: Sequence[str]) -> int:
     """Exit code: 0; with --follow, once the run is over, that of `launch wait`."""
-    o = options(_COMMAND, argv)
+    o = options(COMMAND, argv)
     found = one_run(o["runs"])
     folder = look([found], slurm=False).runs[0].folder
     reader = Reader(folder, o["rank"], o["attempt"], o["tail"], as_json=o["as_json"])

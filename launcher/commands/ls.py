@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["rows", "run"]
 
-_COMMAND = click.Command(
+COMMAND = click.Command(
     "ls",
     params=[
         Runs(required=False),
@@ -34,7 +34,7 @@ _COMMAND = click.Command(
 
 def run(argv: Sequence[str]) -> int:
     """Exit code: 0."""
-    o = options(_COMMAND, argv)
+    o = options(COMMAND, argv)
     if o["runs"]:
         named, note = look_at(o["runs"])
         found = [one for standing in named for one in (standing.elements or [standing])]

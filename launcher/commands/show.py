@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["run"]
 
-_COMMAND = click.Command(
+COMMAND = click.Command(
     "show",
     params=[Runs(), click.Option(["--json", "as_json"], is_flag=True, help="one JSON array")],
     help="Show runs: how each stands, its attempts, why they ended, which steps were lost, time and goodput.",
@@ -33,7 +33,7 @@ _COMMAND = click.Command(
 
 def run(argv: Sequence[str]) -> int:
     """Exit code: 0."""
-    o = options(_COMMAND, argv)
+    o = options(COMMAND, argv)
     found, note = look_at(o["runs"])
     if o["as_json"]:
         click.echo(json.dumps([_json(standing) for standing in found], indent=1))

@@ -24,7 +24,7 @@ __all__ = ["exit_code", "run"]
 _FIRST_S, _LAST_S = 0.1, 5.0
 _SLURM_S = 20.0
 
-_COMMAND = click.Command(
+COMMAND = click.Command(
     "wait",
     params=[
         Runs(),
@@ -38,7 +38,7 @@ _COMMAND = click.Command(
 
 def run(argv: Sequence[str]) -> int:
     """Exit code: see the help."""
-    o = options(_COMMAND, argv)
+    o = options(COMMAND, argv)
     runs = [index.find(text, Path.cwd()) for text in o["runs"]]
     standings = until_over(runs, o["timeout"])
     if o["as_json"]:
