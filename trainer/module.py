@@ -479,6 +479,27 @@ class Module(HyperParameters, DataHooks, nn.Module):
             module.to(map_location)
         return module
 
+    def load_weights(
+        self,
+        path: str | Path,
+        *,
+        only: str = "*",
+        rename: Mapping[str, str] | None = None,
+        strict: bool | None = None,
+    ) -> list[str]:
+        """A warm start: weights of any checkpoint, ours, a torch or a safetensors file, put into this module.
+
+        path: a path or fsspec URL. only: a shell pattern on names, such as "encoder.*". rename: regular expressions
+        and what their match becomes: {"^backbone\\.": "encoder."}. strict: whether every weight of the module must be
+        there; default: if `only` selects all. Returns the names that were loaded.
+
+        Raises:
+            CheckpointError: something does not fit; says what.
+        """
+        from trainer.checkpoint import load_weights
+
+        return load_weights(self, path, only=only, rename=rename, strict=strict)
+
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
         # A copy or a pickled module is not part of this run.

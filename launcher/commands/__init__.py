@@ -30,6 +30,7 @@ NAMES = {
     "wait": "wait for its end, exit as it did",
     "cancel": "ask it to save and leave",
     "config": "which defaults hold, and from which file",
+    "ckpt": "look at, check, compare, convert and clean up checkpoints",
     "completion": "completion for bash, zsh or fish",
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from trainer import Module
 from trainer.checkpoint import Store, load_tensors, save_file
 from trainer.checkpoint.__main__ import main
 from trainer.checkpoint.catalog import open_checkpoint
@@ -100,10 +102,67 @@ def test_consolidate_and_gc(url, tmp_path, capsys):
     assert [m.name for m in Store(url).list()] == ["s2"]
 
 
-def test_the_module_runs_as_a_program(url):
-    done = subprocess.run([sys.executable, "-m", "trainer.checkpoint", "ls", url], capture_output=True, text=True)
+def test_launch_starts_it_as_a_program(url):
+    launch = Path(sys.executable).parent / "launch"
+    done = subprocess.run([launch, "ckpt", "ls", url], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "s2" in done.stdout
+
+
+def test_every_command_on_a_torch_file(url, tmp_path, capsys):
+    """What one process writes: a file in a folder of them."""
+    one, other = tmp_path / "runs" / "s1.ckpt", tmp_path / "runs" / "s2.ckpt"
+    save_file(state(1), one)
+    save_file(state(2), other)
+    assert main(["ls", str(one.parent)]) == 0
+    assert [line.split()[-1] for line in capsys.readouterr().out.splitlines()] == ["s1.ckpt", "s2.ckpt"]
+    assert main(["show", str(one)]) == 0
+    assert "state_dict.encoder.w  torch.float32 [4, 3]" in capsys.readouterr().out
+    assert main(["diff", str(one), str(other)]) == 1
+    assert "state_dict.encoder.w: 12 of 12 elements differ" in capsys.readouterr().out
+    assert main(["diff", str(other), f"{url}/s2"]) == 0
+    assert main(["export", str(other), str(tmp_path / "y.safetensors"), "--only", "state_dict.*"]) == 0
+    assert set(safetensors.torch.load_file(tmp_path / "y.safetensors")) == {"state_dict.encoder.w", "state_dict.head.b"}
+    assert main(["consolidate", str(one), str(tmp_path / "z")]) == 2
+    assert main(["verify", str(one)]) == 0
+    content = bytearray(one.read_bytes())
+    content[len(content) // 2] ^= 1
+    one.write_bytes(content)
+    assert main(["verify", str(one)]) == 1
+    left = one.parent / ".s9.ckpt.77.part"
+    left.touch()
+    os.utime(left, (1, 1))
+    assert main(["gc", str(one.parent)]) == 0
+    assert not left.exists()
+
+
+@pytest.mark.parametrize("kind", ["store", "torch", "safetensors"])
+def test_a_warm_start_from_any_file(kind, url, tmp_path):
+    class Net(Module):
+        def __init__(self):
+            super().__init__()
+            self.body = torch.nn.Module()
+            self.body.w = torch.nn.Parameter(torch.zeros(4, 3))
+            self.extra = torch.nn.Linear(1, 1)
+
+    path = {"store": f"{url}/s2", "torch": tmp_path / "x.ckpt", "safetensors": tmp_path / "x.safetensors"}[kind]
+    if kind == "torch":
+        torch.save(state(2)["state_dict"], path)  # foreign: the weights alone
+    if kind == "safetensors":
+        safetensors.torch.save_file(state(2)["state_dict"], path)
+    net = Net()
+    before = net.extra.weight.item()
+    assert net.load_weights(path, only="encoder.*", rename={"^encoder": "body"}) == ["body.w"]
+    assert torch.equal(net.body.w, torch.full((4, 3), 2.0))
+    assert net.extra.weight.item() == before
+    for arguments, message in (
+        ({}, "encoder.w has no place in the module"),
+        ({"only": "nothing.*"}, "no tensor whose key matches"),
+        ({"only": "head.b", "rename": {"head.b": "body.w"}}, r"has shape \(2,\) in the file, \(4, 3\) in the module"),
+        ({"only": "encoder.*", "rename": {"^encoder": "body"}, "strict": True}, "extra.weight of the module is not in"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            net.load_weights(path, **arguments)
 
 
 def test_parts_are_loaded_by_pattern_and_renamed_from_any_format(url, tmp_path):

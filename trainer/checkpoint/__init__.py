@@ -7,7 +7,7 @@ from trainer.checkpoint.file import load_checkpoint, load_file, save_file
 from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.retention import Retention
 from trainer.checkpoint.store import Loaded, Store
-from trainer.checkpoint.weights import load_tensors
+from trainer.checkpoint.weights import load_tensors, load_weights
 
 __all__ = [
     "Loaded",
@@ -18,5 +18,6 @@ __all__ = [
     "load_checkpoint",
     "load_file",
     "load_tensors",
+    "load_weights",
     "save_file",
 ]

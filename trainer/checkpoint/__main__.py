@@ -1,6 +1,6 @@
 """`python -m trainer.checkpoint`: look at, check, compare, convert and clean up checkpoints, anywhere fsspec reaches.
 
-It needs neither a GPU nor the training code, and runs no code from the files.
+`launch ckpt` starts it. It needs neither a GPU nor the training code, and runs no code from the files.
 """
 
 # ruff: noqa: T201 - a command prints
@@ -11,20 +11,25 @@ import json
 import sys
 import tempfile
 import time
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from trainer.checkpoint import catalog, retention
+from trainer.checkpoint import catalog, retention, saved
+from trainer.checkpoint.file import load_checkpoint, load_file, save_file, verify_file
 from trainer.checkpoint.folder import Folder
+from trainer.checkpoint.manifest import MANIFEST
 from trainer.checkpoint.reader import read_contents, verify
 from trainer.checkpoint.retention import Retention
+from trainer.checkpoint.shards import bytes_of
 from trainer.checkpoint.store import Store
-from trainer.checkpoint.weights import read_tensors
+from trainer.checkpoint.values import encode
+from trainer.checkpoint.weights import load_tensors, read_tensors
 from trainer.errors import CheckpointError, TrainerError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    import torch
 
     from trainer.checkpoint.values import Json
 
@@ -46,81 +51,104 @@ def main(argv: list[str] | None = None) -> int:
 def _ls(arguments: argparse.Namespace) -> int:
     store = Folder.at(arguments.store)
     found = catalog.checkpoints_in(store)
-    if not found and not store.sizes():
+    files = {name: size for name, size in store.sizes().items() if size >= 0 and name.endswith((".ckpt", ".pt"))}
+    if not found and not files and not store.sizes():
         raise CheckpointError(f"There is nothing at {store}.")
     for checkpoint in found:
         manifest = checkpoint.manifest
         made = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(manifest.created))
         size = f"{manifest.shard_bytes / 2**20:,.1f} MiB"
         print(f"{manifest.step:>12}  {made}  {manifest.world_size:>5} ranks  {size:>16}  {manifest.name}")
+    for name, bytes_ in sorted(files.items()):
+        size = f"{bytes_ / 2**20:,.1f} MiB"
+        print(f"{'file':>12}  {store.modified(name):%Y-%m-%d %H:%M:%S}  {'':>11}  {size:>16}  {name}")
     for path, known in catalog.damaged_in(store).items():
         print(f"{'damaged':>12}  {'set aside' if known else 'its manifest cannot be read'}: {path}")
     return _OK
 
 
 def _show(arguments: argparse.Namespace) -> int:
-    checkpoint = catalog.open_checkpoint(arguments.checkpoint)
-    manifest, contents = checkpoint.manifest, read_contents(checkpoint)
-    print(f"{checkpoint.folder}\nstep {manifest.step}, {manifest.world_size} ranks, {manifest.shard_bytes} bytes")
-    print(f"written by {json.dumps(manifest.versions)}; extra {json.dumps(manifest.extra)}")
-    for key, pieces in contents.pieces.items():
-        ranks = [rank for rank, _ in pieces]
-        where = f"rank {ranks[0]}" if len(ranks) == 1 else f"{len(ranks)} ranks"
-        print(f"{key}  {pieces[0][1].dtype} {list(pieces[0][1].shape)}  {where}")
-    for path, value in _plain(contents.state):
+    if _is_file(arguments.checkpoint):
+        skeleton, tensors = encode(load_file(arguments.checkpoint))
+        print(f"{arguments.checkpoint}\na torch file")
+        for key, tensor in tensors.items():
+            print(f"{key}  {tensor.dtype} {list(tensor.shape)}")
+    else:
+        checkpoint = catalog.open_checkpoint(arguments.checkpoint)
+        manifest, contents = checkpoint.manifest, read_contents(checkpoint)
+        print(f"{checkpoint.folder}\nstep {manifest.step}, {manifest.world_size} ranks, {manifest.shard_bytes} bytes")
+        print(f"written by {json.dumps(manifest.versions)}; extra {json.dumps(manifest.extra)}")
+        for key, pieces in contents.pieces.items():
+            ranks = [rank for rank, _ in pieces]
+            where = f"rank {ranks[0]}" if len(ranks) == 1 else f"{len(ranks)} ranks"
+            print(f"{key}  {pieces[0][1].dtype} {list(pieces[0][1].shape)}  {where}")
+        skeleton = contents.state
+    for path, value in _plain(skeleton):
         print(f"{path} = {value}")
     return _OK
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    checkpoint = catalog.open_checkpoint(arguments.checkpoint)
-    problems = verify(checkpoint, print)
+    if _is_file(arguments.checkpoint):
+        problems, where = verify_file(arguments.checkpoint), arguments.checkpoint
+    else:
+        checkpoint = catalog.open_checkpoint(arguments.checkpoint)
+        problems, where = verify(checkpoint, print), checkpoint.path
+        if not problems:
+            read_contents(checkpoint)
     for problem in problems:
         print(problem)
     if not problems:
-        read_contents(checkpoint)
-        print(f"{checkpoint.path}: whole")
+        print(f"{where}: whole")
     return _BAD if problems else _OK
 
 
 def _diff(arguments: argparse.Namespace) -> int:
-    sides = [catalog.open_checkpoint(path) for path in (arguments.one, arguments.other)]
-    one, other = (read_tensors(side, arguments.only) for side in sides)
+    sides = [_taken_apart(path, arguments.only) for path in (arguments.one, arguments.other)]
+    (one, plain), (other, other_plain) = sides
     lines = [f"only in the {'first' if key in one else 'second'}: {key}" for key in one.keys() ^ other.keys()]
     for key in (k for k in one if k in other):
         a, b = one[key], other[key]
         if a.shape != b.shape or a.dtype != b.dtype:
             lines.append(f"{key}: {a.dtype} {list(a.shape)} and {b.dtype} {list(b.shape)}")
-        elif a.reshape(-1).view(torch.uint8).ne(b.reshape(-1).view(torch.uint8)).any():
+        elif bytes_of(a.contiguous()).ne(bytes_of(b.contiguous())).any():
             count = int((a != b).sum())
             lines.append(f"{key}: {count} of {a.numel()} elements differ, at most by {_distance(a, b):.3g}")
-    plain = [dict(_plain(read_contents(side).state)) for side in sides]
-    for path in dict.fromkeys([*plain[0], *plain[1]]):
-        values = [p.get(path, "nothing") for p in plain]
+    for path in dict.fromkeys([*plain, *other_plain]):
+        values = [p.get(path, "nothing") for p in (plain, other_plain)]
         if values[0] != values[1]:
             lines.append(f"{path}: {values[0]} and {values[1]}")
     print("\n".join(sorted(lines)) if lines else "no difference")
     return _BAD if lines else _OK
 
 
+def _taken_apart(path: str, only: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The tensors whose keys match, and the plain values, of a checkpoint in either form."""
+    if _is_file(path):
+        skeleton, tensors = encode(load_file(path))
+        return {key: tensor for key, tensor in tensors.items() if fnmatchcase(key, only)}, dict(_plain(skeleton))
+    checkpoint = catalog.open_checkpoint(path)
+    return read_tensors(checkpoint, (only,)), dict(_plain(read_contents(checkpoint).state))
+
+
 def _export(arguments: argparse.Namespace) -> int:
-    checkpoint = catalog.open_checkpoint(arguments.checkpoint)
     target = Folder.at(arguments.target)
     if target.fs.exists(target.path):
         raise CheckpointError(f"{target} is there already; nothing is written over.")
     if arguments.to == "torch":
-        from trainer.checkpoint.file import load_checkpoint, save_file
-
-        save_file(load_checkpoint(checkpoint.path), arguments.target)
+        state = load_checkpoint(arguments.checkpoint)
+        if arguments.only != "*":
+            raise CheckpointError("--only chooses tensors; --to torch writes the whole state.")
+        save_file(state, arguments.target)
         return _OK
-    tensors = read_tensors(checkpoint, arguments.only)
-    if not tensors:
-        raise CheckpointError(f"No key of {checkpoint.path} matches {arguments.only!r}.")
+    tensors = load_tensors(arguments.checkpoint, only=arguments.only)
     if arguments.to == "safetensors":
         import safetensors.torch
 
+        # Copies: tied weights share memory, which that format does not know.
+        content = safetensors.torch.save({k: t.contiguous().clone() for k, t in tensors.items()}, {"format": "pt"})
         target.parent.make()
-        target.parent.write_whole(target.name, safetensors.torch.save(tensors, {"format": "pt"}))
+        target.parent.write_whole(target.name, content)
     else:
         from torch.distributed.checkpoint.state_dict_saver import save
 
@@ -132,25 +160,31 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _consolidate(arguments: argparse.Namespace) -> int:
+    if _is_file(arguments.checkpoint):
+        raise CheckpointError(f"{arguments.checkpoint} is one file already.")
     checkpoint = catalog.open_checkpoint(arguments.checkpoint)
     manifest = checkpoint.manifest
     loaded = Store(str(checkpoint.folder.parent.parent)).load(checkpoint.path)
     target = Store(arguments.store)
     if any(m.name == manifest.name for m in target.list()):
         raise CheckpointError(f"{target.folder} holds {manifest.name} already; nothing is written over.")
-    saved = target.save(loaded.state, step=manifest.step, name=manifest.name, rank_state=loaded.rank_state,
-                        extra=manifest.extra)  # fmt: skip
-    print(saved.path)
+    print(target.save(loaded.state, step=manifest.step, name=manifest.name, rank_state=loaded.rank_state,
+                      extra=manifest.extra).path)  # fmt: skip
     return _OK
 
 
 def _gc(arguments: argparse.Namespace) -> int:
     store = Folder.at(arguments.store)
-    dead = catalog.dead_attempts(store, time.time() - arguments.older_than * 3600)
+    before = time.time() - arguments.older_than * 3600
+    dead = catalog.dead_attempts(store, before)
     for folder in dead:
         print(f"never committed: {folder}")
         if not arguments.dry_run:
             catalog.remove_attempt(folder)
+    for part in saved.unfinished_parts(store, before):
+        print(f"never finished: {part}")
+        if not arguments.dry_run:
+            part.unlink(missing_ok=True)
     if arguments.last is not None:
         policy = Retention(last=arguments.last)
         if arguments.dry_run:
@@ -161,6 +195,11 @@ def _gc(arguments: argparse.Namespace) -> int:
         for name in names:
             print(f"older than the last {arguments.last}: {store / name}")
     return _OK
+
+
+def _is_file(path: str) -> bool:
+    place = Folder.at(path)
+    return bool(place.fs.isfile(place.path)) and place.name != MANIFEST
 
 
 def _plain(skeleton: Json, path: str = "") -> Iterator[tuple[str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import mmap
 import os
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from trainer.checkpoint.snapshot import Snapshot
+
+
+# How a zip archive begins, which is what torch writes.
+_ZIP = b"PK\x03\x04"
 
 
 def save_file(
@@ -164,11 +169,23 @@ def load_file(path: str | os.PathLike[str], *, map_location: Any = "cpu", weight
             f"{place} holds more than tensors and plain values, so reading it would run code from it: {error}\n"
             "If you trust whoever made it, pass weights_only=False."
         ) from error
-    except (RuntimeError, EOFError, ValueError) as error:
+    except (RuntimeError, EOFError, ValueError, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise
+        # EINVAL: the archive's directory points before its beginning.
         raise CheckpointDamagedError(f"{place} is not a whole torch file: {error}") from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{place} holds a {type(state).__qualname__}, not the dict of a checkpoint.")
     return state
+
+
+def verify_file(path: str | os.PathLike[str]) -> list[str]:
+    """What is wrong with a torch file, in words; empty if all is well. One without our checksum is only opened."""
+    try:
+        load_file(path)
+    except CheckpointDamagedError as error:
+        return [str(error)]
+    return []
 
 
 @contextmanager
@@ -182,6 +199,8 @@ def _mapped(descriptor: int) -> Iterator[memoryview]:
 
 
 def _verify(content: memoryview, place: Folder) -> None:
+    if len(content) < len(_ZIP):
+        raise CheckpointDamagedError(f"{place} is not a whole torch file: it ends after {len(content)} bytes.")
     if is_sealed(content) and not is_whole(content):
         raise CheckpointDamagedError(f"{place} is damaged: its checksum does not fit its content.")
 

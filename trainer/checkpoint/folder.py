@@ -19,6 +19,7 @@ from fsspec.spec import AbstractBufferedFile
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from datetime import datetime
 
 # Bytes after which the disk is told to start.
 _START_WRITING = 16 << 20
@@ -105,6 +106,11 @@ class Folder:
             if entry["name"].rstrip("/") != self.path.rstrip("/"):
                 found[name] = int(entry["size"] or 0) if entry["type"] == "file" else -1
         return found
+
+    def modified(self, name: str) -> datetime:
+        """When a file was written, in local time."""
+        written: datetime = self.fs.modified(f"{self.path}/{name}")
+        return written.astimezone()
 
     def read(self, name: str) -> bytes:
         """The content of a small file. Raises FileNotFoundError."""

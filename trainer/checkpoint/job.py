@@ -120,7 +120,8 @@ class FileJob:
             for path in unwanted:
                 saved.remove(path)
             if self.after.begun_before is not None:
-                saved.remove_parts(self.folder, self.after.begun_before)
+                for part in saved.unfinished_parts(self.folder, self.after.begun_before):
+                    part.unlink(missing_ok=True)
 
     def discard(self) -> None:
         """Nothing: what is written of a file is removed with the error."""

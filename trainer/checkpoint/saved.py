@@ -139,13 +139,11 @@ def remove(path: str) -> None:
     place.remove_all()
 
 
-def remove_parts(folder: Folder, before: float) -> None:
-    """Remove the unfinished files of writers that died."""
-    if not folder.local:
-        return  # elsewhere an object appears when it is whole
-    for part in Path(folder.path).glob(".*.part"):
-        if part.stat().st_mtime < before:
-            part.unlink(missing_ok=True)
+def unfinished_parts(folder: Folder, before: float) -> list[Path]:
+    """The unfinished files of writers that died, begun before a time (seconds since 1970)."""
+    # Elsewhere than on a local disk an object appears when it is whole.
+    parts = Path(folder.path).glob(".*.part") if folder.local else ()
+    return [part for part in parts if part.stat().st_mtime < before]
 
 
 def process_start() -> float:

@@ -30,14 +30,17 @@ def seal_of(checksums: Sequence[str]) -> bytes:
 
 
 SEAL_BYTES = len(seal_of(()))
+_BEGINNING = seal_of(())[:12]
 # What a sealed archive ends with before its seal: the length of the comment.
 COMMENT_LENGTH = struct.pack("<H", SEAL_BYTES)
 
 
 def is_sealed(content: memoryview) -> bool:
-    """Whether the file was written with a seal: its archive ends where the comment begins that ours has."""
-    end = content[-_END_BYTES - SEAL_BYTES : -SEAL_BYTES]
-    return bytes(end[:4]) == _END and bytes(end[-2:]) == COMMENT_LENGTH
+    """Whether the file was written with a seal, even if what shows it is damaged in one of two places, or cut off."""
+    tail = bytes(content[-_END_BYTES - SEAL_BYTES :])
+    end = tail.rfind(_END)
+    announced = end >= 0 and tail[end + _END_BYTES - 2 : end + _END_BYTES] == COMMENT_LENGTH
+    return announced or _BEGINNING in tail
 
 
 def is_whole(content: memoryview) -> bool:
