@@ -1,6 +1,6 @@
-"""Background saves of a Trainer of which rank 1's go wrong: `saves_on_ranks.py error|full FOLDER`.
+"""Background saves of a Trainer of which rank 1's go wrong: `saves_on_ranks.py FOLDER`.
 
-Each rank prints `RAISED <step>` or `ENDED <step> <last checkpoint>`.
+Each rank prints `ENDED <step> <last checkpoint>` of a fit with a full disk, and `RAISED <step>` of one with an error.
 """
 
 from __future__ import annotations
@@ -29,31 +29,38 @@ class Model(T.Module):
         return torch.optim.SGD(self.parameters(), lr=0.01)
 
 
-def main(what: str, folder: str) -> None:
+def main(folder: str) -> None:
     warnings.filterwarnings("ignore")
     original = Folder.write_blocks
     writes = 0
+    what = errno.ENOSPC
 
     def wrong(self: Folder, name: str, blocks: object) -> None:
         nonlocal writes
         writes += 1
         if T.ranks.read_ranks().rank == 1 and writes == 3:  # the second shard: a record follows each
-            raise OSError(errno.ENOSPC if what == "full" else errno.EIO, what)
+            raise OSError(what, "scripted")
         original(self, name, blocks)
 
     Folder.write_blocks = wrong
+    trainer, callback = fit(f"{folder}/full")
+    print("ENDED", trainer.global_step, callback.best_model_path)
+    writes, what = 0, errno.EIO
+    try:
+        trainer, _ = fit(f"{folder}/error")
+    except CheckpointWriteError as error:
+        assert "rank 1" in str(error), error
+        print("RAISED", str(error).split(".ckpt")[0])
+
+
+def fit(folder: str) -> tuple[T.Trainer, T.callbacks.ModelCheckpoint]:
     callback = T.callbacks.ModelCheckpoint(folder, "{step}", every_n_train_steps=2, save_last=True)
     trainer = T.Trainer(
         accelerator="cpu", max_steps=30, logger=False, callbacks=[callback], enable_progress_bar=False,
         enable_model_summary=False,
     )  # fmt: skip
-    try:
-        trainer.fit(Model(), DataLoader(TensorDataset(torch.ones(400, 2)), batch_size=1))
-    except CheckpointWriteError as error:
-        assert "rank 1" in str(error), error
-        print("RAISED", trainer.global_step)
-    else:
-        print("ENDED", trainer.global_step, callback.best_model_path)
+    trainer.fit(Model(), DataLoader(TensorDataset(torch.ones(400, 2)), batch_size=1))
+    return trainer, callback
 
 
 if __name__ == "__main__":

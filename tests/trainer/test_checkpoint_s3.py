@@ -53,6 +53,14 @@ def bucket(monkeypatch):
 
 def test_a_store_on_s3(bucket, gang):
     gang.ok(1, "checkpoint_s3.py", bucket)
+    gang.ok(1, "checkpoint_s3_faults.py", f"{bucket}/faults", "one")
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3000)
+def test_a_fault_at_every_request_to_s3(bucket, gang):
+    result = gang.ok(1, "checkpoint_s3_faults.py", bucket, "all", timeout=2900)[0]
+    assert int(result.stdout.split("TRIED")[1]) > 80
 
 
 @pytest.mark.soak
