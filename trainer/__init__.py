@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from trainer import callbacks, loggers, profilers
     from trainer.callbacks import Callback
+    from trainer.cli import LightningCLI, MusterCLI
     from trainer.combined import CombinedLoader
     from trainer.data import DataModule
     from trainer.data import DataModule as LightningDataModule
@@ -33,9 +34,11 @@ _HOME = {
     "Callback": "trainer.callbacks",
     "CombinedLoader": "trainer.combined",
     "DataModule": "trainer.data",
+    "LightningCLI": "trainer.cli",
     "LightningDataModule": "trainer.data",
     "LightningModule": "trainer.module",
     "Module": "trainer.module",
+    "MusterCLI": "trainer.cli",
     "Trainer": "trainer.trainer",
     "seed_everything": "trainer.seed",
 }
@@ -46,9 +49,11 @@ __all__ = [
     "Callback",
     "CombinedLoader",
     "DataModule",
+    "LightningCLI",
     "LightningDataModule",
     "LightningModule",
     "Module",
+    "MusterCLI",
     "Trainer",
     "callbacks",
     "errors",

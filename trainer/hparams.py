@@ -9,7 +9,7 @@ from collections.abc import MutableMapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import fields, is_dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch.nn as nn
 
@@ -67,8 +67,10 @@ class HyperParameters:
     CHECKPOINT_HYPER_PARAMS_NAME = "hparams_name"
 
     _log_hyperparams = False
-    _hparams_name: str | None = None
-    _hparams: Any
+    # A cast: torch.jit evaluates annotations of classes, and does not know this one.
+    _hparams_name = cast("str | None", None)
+    if TYPE_CHECKING:
+        _hparams: Any
 
     def save_hyperparameters(
         self,

@@ -92,18 +92,20 @@ class Module(HyperParameters, DataHooks, nn.Module):
         "hparams_initial", "world_size",
     )  # fmt: skip
 
-    _trainer: Trainer | None
-    _metrics: Metrics | None
-    _automatic_optimization: bool
-    _strict_loading: bool
-    _example_input_array: Any
-    _frozen_by_toggle: dict[Tensor, bool]
+    if TYPE_CHECKING:  # torch.jit evaluates a class's annotations, and does not know these
+        _trainer: Trainer | None
+        _metrics: Metrics | None
+        _automatic_optimization: bool
+        _strict_loading: bool
+        _example_input_array: Any
+        _frozen_by_toggle: dict[Tensor, bool]
+        _exporting: bool
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__()
         # Written around nn.Module.__setattr__, whose checks have nothing to do with these.
         self.__dict__.update(_trainer=None, _metrics=None, _automatic_optimization=True, _strict_loading=True,
-                             _example_input_array=None, _frozen_by_toggle={})  # fmt: skip
+                             _example_input_array=None, _frozen_by_toggle={}, _exporting=False)  # fmt: skip
 
     # ------------------------------------------------------------------------------------------ the steps
 
@@ -341,9 +343,9 @@ class Module(HyperParameters, DataHooks, nn.Module):
     @property
     def trainer(self) -> Trainer:
         """The Trainer that runs this module."""
-        if self._trainer is None:
+        if self._trainer is None and not self._exporting:
             raise ModuleError(f"{type(self).__name__} is not attached to a Trainer; call trainer.fit(model) first.")
-        return self._trainer
+        return self._trainer  # type: ignore[return-value] # torch.jit looks at every property
 
     @trainer.setter
     def trainer(self, trainer: Trainer | None) -> None:
@@ -478,6 +480,33 @@ class Module(HyperParameters, DataHooks, nn.Module):
         if map_location is not None and isinstance(map_location, (str, torch.device)):
             module.to(map_location)
         return module
+
+    def to_onnx(
+        self, file_path: Any = None, input_sample: Any = None, *, export_params: bool = True, **kwargs: Any
+    ) -> Any:
+        """Export `forward` as ONNX, to a path or file object; without one the program is returned.
+
+        input_sample: a tensor, or a tuple of the inputs of `forward`; default: `example_input_array`. kwargs: those of
+        torch.onnx.export, e.g. dynamic_shapes or input_names.
+
+        Raises:
+            ConfigError: onnx and onnxscript are not installed. ModuleError: there are no inputs to export with.
+        """
+        from trainer.export import to_onnx
+
+        return to_onnx(self, file_path, input_sample, export_params=export_params, **kwargs)
+
+    def to_torchscript(
+        self, file_path: Any = None, method: str = "script", example_inputs: Any = None, **kwargs: Any
+    ) -> Any:
+        """Compile the module for torch.jit, by "script" or "trace" (of example_inputs or `example_input_array`).
+
+        file_path: where to save it too, a path or fsspec URL. (torch advises torch.export for what is new: a Module is
+        a plain nn.Module to `torch.export.export(module, inputs)`.)
+        """
+        from trainer.export import to_torchscript
+
+        return to_torchscript(self, file_path, method, example_inputs, **kwargs)
 
     def load_weights(
         self,

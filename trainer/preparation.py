@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from trainer.callbacks.finders import Finder
 from trainer.errors import ConfigError
 from trainer.forms import bound_step, check_manual, require_dataloader_idx
-from trainer.hooks import Hooks
 from trainer.loading import to_device
 from trainer.loop import Evaluation, Fit, Stopping, clip, evaluate
 from trainer.optimizers import WrappedOptimizer, needs_closure, read_optimizers
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from trainer.hooks import Hooks
     from trainer.module import Module
     from trainer.sources import Loaders
     from trainer.trainer import Trainer
