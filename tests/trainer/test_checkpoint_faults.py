@@ -11,15 +11,19 @@ import errno
 import itertools
 import os
 import signal
+from pathlib import Path
 
 import fsspec
 import pytest
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
 
-from trainer.checkpoint import Retention, Store
+from trainer.checkpoint import Retention, Store, load_file, save_file
+from trainer.checkpoint.saved import After, Entry, SavedList
 from trainer.errors import CheckpointError
 
+# Every call in turn takes a minute; every fifth, with another first one for each kind, is for every day.
+STRIDES = pytest.mark.parametrize("stride", [5, pytest.param(1, marks=pytest.mark.soak)])
 CALLS = ("open", "write", "fsync", "mkdir", "rename", "replace", "unlink", "remove", "rmdir")
 
 
@@ -65,9 +69,10 @@ def patched_calls(monkeypatch, faults: Faults) -> None:
         monkeypatch.setattr(os, name, call)
 
 
-@pytest.mark.parametrize("what", ["fail", "half"])
-def test_a_system_call_that_fails(what, tmp_path, monkeypatch):
-    for at in itertools.count():
+@STRIDES
+@pytest.mark.parametrize(("first", "what"), [(0, "fail"), (1, "half")])
+def test_a_system_call_that_fails(first, what, stride, tmp_path, monkeypatch):
+    for at in itertools.count(first % stride, stride):
         url = str(tmp_path / str(at))
         Store(url).save(state(1), step=1)
         faults, acknowledged = Faults(at, what), False
@@ -88,11 +93,13 @@ def test_a_system_call_that_fails(what, tmp_path, monkeypatch):
     assert at > 15
 
 
-def test_sigkill_at_every_system_call(tmp_path, monkeypatch):
-    for at in itertools.count():
+@STRIDES
+def test_sigkill_at_a_system_call(stride, tmp_path, monkeypatch):
+    for at in itertools.count(2 % stride, stride):
         url = str(tmp_path / str(at))
         Store(url).save(state(1), step=1)
-        acknowledged = killed_while_saving(url, at, monkeypatch)
+        store = Store(url, retention=Retention(last=1))
+        acknowledged = killed_while(lambda store=store: store.save(state(2), step=2), at, monkeypatch)
         after = Store(url, retention=Retention(last=1))
         assert check(after.load_newest().state) in ((2,) if acknowledged else (1, 2)), at
         after.save(state(3), step=3)
@@ -103,20 +110,61 @@ def test_sigkill_at_every_system_call(tmp_path, monkeypatch):
     assert at > 15
 
 
-def killed_while_saving(url: str, at: int, monkeypatch) -> bool:
-    """Whether a save in a process that is killed at its `at`th call came to its end before."""
+def killed_while(act, at: int, monkeypatch) -> bool:
+    """Whether something came to its end in a process that is killed at its `at`th call."""
     pid = os.fork()
     if pid == 0:
         try:
             with monkeypatch.context() as patch:
                 patched_calls(patch, Faults(at, "kill"))
-                Store(url, retention=Retention(last=1)).save(state(2), step=2)
+                act()
             os._exit(0)
         finally:
             os._exit(1)
     status = os.waitpid(pid, 0)[1]
     assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
     return not os.WIFSIGNALED(status)
+
+
+def saved_list(folder: Path) -> SavedList:
+    return SavedList(folder / "saved.json")
+
+
+def save_listed(folder: Path, step: int) -> None:
+    """What a Trainer on one process does: a file in the place of the one before it, and the list."""
+    older = [e.path for e in saved_list(folder).read()]
+    path = str(folder / f"step-{step}.ckpt")
+    save_file(state(step), path, after=After(saved=saved_list(folder), entry=Entry(path, step), replaced=tuple(older)))
+
+
+def newest_listed(folder: Path) -> int:
+    """Which step the newest listed file is of; every listed file that is there is whole."""
+    there = [e for e in saved_list(folder).read() if Path(e.path).exists()]
+    return max(check(load_file(e.path)) for e in there)
+
+
+@STRIDES
+@pytest.mark.parametrize(("first", "what"), [(0, "fail"), (1, "half"), (2, "kill")])
+def test_a_listed_file_whatever_a_system_call_does(first, what, stride, tmp_path, monkeypatch):
+    for at in itertools.count(first % stride, stride):
+        folder = tmp_path / str(at)
+        save_listed(folder, 1)
+        if what == "kill":
+            acknowledged = killed_while(lambda folder=folder: save_listed(folder, 2), at, monkeypatch)
+        else:
+            acknowledged = False
+            with monkeypatch.context() as patch:
+                patched_calls(patch, Faults(at, what))
+                try:
+                    save_listed(folder, 2)
+                    acknowledged = True
+                except CheckpointError:
+                    pass
+        assert newest_listed(folder) in ((2,) if acknowledged else (1, 2)), at
+        save_listed(folder, 3)
+        assert newest_listed(folder) == 3
+        if acknowledged and at > 25:
+            break
 
 
 # ------------------------------------------------------------------------------------------ an object store
