@@ -6,7 +6,7 @@ JOBS   ?= 2
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help run test test-failed test-lab lab lab-down check lint types bench soak gpu clean
+.PHONY: help run test test-failed test-lab test-lab-failed lab lab-down check lint types bench soak gpu clean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -29,6 +29,9 @@ test-failed: $(BIN)/launch ## those that failed last time, one at a time
 test-lab: $(BIN)/launch ## tests on a real Slurm of 3 nodes in namespaces (root; installs Debian's Slurm)
 	tests/lab/install.sh
 	$(BIN)/python -m pytest tests/lab
+
+test-lab-failed: $(BIN)/launch ## those of the lab's tests that failed last time
+	$(BIN)/python -m pytest --last-failed --last-failed-no-failures none tests/lab
 
 lab: $(BIN)/launch ## a Slurm cluster of 3 nodes to play with (root); end it with make lab-down
 	tests/lab/install.sh
