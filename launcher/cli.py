@@ -113,7 +113,7 @@ def start(argv: Sequence[str]) -> int:
     if request.dry_run:
         from launcher.backends.slurm import rehearse
 
-        print(rehearse(path, spec), end="")
+        print(rehearse(path, spec, request.elements, request.throttle), end="")
         return 0
     if request.where == "step":
         from launcher.backends import slurm_step
@@ -121,7 +121,11 @@ def start(argv: Sequence[str]) -> int:
         if not slurm_step.first(os.environ):
             return slurm_step.join(path, spec, os.environ)
         return slurm_step.host(path, spec, _work, os.environ)
-    code = snapshot.survey(spec, say, insist=request.insist) if request.snapshot else None
+    code = None
+    if request.where == "allocation" and (kept := snapshot.kept(path)) is not None:
+        spec = dataclasses.replace(spec, code=kept)  # the job was requeued: not a new start
+    elif request.snapshot:
+        code = snapshot.survey(spec, say, insist=request.insist)
     if request.elements is not None:
         return _start_many(request, path, code)
     with runs.RunFolder.open(path, spec) as folder:

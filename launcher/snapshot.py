@@ -18,17 +18,21 @@ from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
 from launcher.errors import RunError, UsageError
-from launcher.runs import write_json
-from launcher.spec import Code
+from launcher.runs import read_json, write_json
+from launcher.spec import Code, LaunchSpec
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from launcher.spec import LaunchSpec
-
-__all__ = ["MOST_BYTES", "Survey", "survey"]
+__all__ = ["MOST_BYTES", "Survey", "kept", "survey"]
 
 MOST_BYTES = 50_000_000
+
+
+def kept(folder: Path) -> Code | None:
+    """The snapshot that the run in `folder` has already; None if it has none, or there is no run."""
+    record = read_json(folder / "run.json")
+    return None if record is None else LaunchSpec.from_json(record["spec"]).code
 
 
 @dataclass(frozen=True)

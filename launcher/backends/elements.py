@@ -9,6 +9,7 @@ import selectors
 import signal
 import socket
 import sys
+import traceback
 from typing import TYPE_CHECKING
 
 from launcher.backends import local
@@ -105,6 +106,8 @@ def _fork(array: Array, index: int, say: Callable[[str], None], tell: Callable[[
     except LaunchError as error:
         say(f"{array.name}_{index}: error: {error}")
         code = error.exit_code
+    except BaseException:
+        traceback.print_exc()  # nobody above us in this process will
     finally:
         sys.stdout.flush()
         os._exit(code)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from launcher.backends.slurm_submission import BatchExecutor
 from launcher.backends.slurm_tools import ask
 from launcher.errors import ClusterError, RunError, UsageError
 from launcher.runs import read_json, write_json
+from launcher.sweep import array_text
 from launcher.topology import World, places, rank_environment
 
 if TYPE_CHECKING:
@@ -117,11 +119,18 @@ def _check_free(folder: RunFolder) -> None:
         )
 
 
-def rehearse(path: Path, spec: LaunchSpec) -> str:
-    """What would be submitted for a run in the folder `path`, and the environment of each rank; nothing is done."""
+def rehearse(
+    path: Path, spec: LaunchSpec, elements: Mapping[int, tuple[str, ...]] | None = None, throttle: int | None = None
+) -> str:
+    """What would be submitted for a run in the folder `path`, and the environment of each rank; nothing is done.
+
+    elements: of an array, by index, each with its arguments; throttle: how many of them at once.
+    """
     check_shared(path)
     sender = executor(path, spec)
-    lines = [f"# run folder: {path}", f"# Slurm says: {sender.test()}", "", sender.script()]
+    array = None if elements is None else array_text(elements, throttle)
+    lines = [f"# run folder: {path}", f"# Slurm says: {sender.test(array)}", "", sender.script(array)]
+    lines += [f"# element {index}: {shlex.join(args)}" for index, args in (elements or {}).items()]
     world = World(0, 0, (spec.procs,) * spec.nodes, "<address of the first node>", 0)
     environments = [
         rank_environment({}, spec, world, place, run_id=path.name, run_dir=str(path),

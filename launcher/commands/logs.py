@@ -8,6 +8,7 @@ import re
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 import click
@@ -15,11 +16,11 @@ import click
 from launcher.commands import Runs, one_run, options
 from launcher.commands.wait import exit_code
 from launcher.errors import UsageError
+from launcher.runs import read_json
 from launcher.standing import look
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-    from pathlib import Path
 
     from launcher import index
 
@@ -66,7 +67,9 @@ def run(argv: Sequence[str]) -> int:
 def _nothing(folder: Path, rank: int | None, attempt: int | None) -> str:
     attempts = attempts_of(folder)
     if not attempts:
-        return f"{folder.name} has no logs yet (looked in {folder / 'logs'})"
+        job = read_json(folder / "slurm.json") or {}
+        said = f"; what its job said is in {job['output']}" if "output" in job and Path(job["output"]).is_file() else ""
+        return f"{folder.name} has no logs yet (looked in {folder / 'logs'}){said}"
     if attempt is not None and attempt not in attempts:
         return f"{folder.name} has no attempt {attempt}; it has {', '.join(map(str, attempts))}"
     place = folder / "logs" / f"attempt-{attempts[-1] if attempt is None else attempt}"

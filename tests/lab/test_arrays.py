@@ -134,3 +134,7 @@ def test_a_thousand_elements_are_asked_about_once(lab, project) -> None:
     with pytest.raises(AssertionError, match="indices up to 10000"):
         project.launch("--procs", "1", "--no-snapshot", "--array", "10001", "job.py")
     assert job.strip().isdigit()
+    dry = project.launch("--procs", "1", "--dry-run", "--sweep", "a=x y,z", "--array", "%2", "job.py")
+    assert "#SBATCH --array=0-1%2\n" in dry
+    assert "# element 0: '--a=x y'\n# element 1: --a=z\n" in dry
+    assert not lab.queue()

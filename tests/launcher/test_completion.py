@@ -36,7 +36,7 @@ def test_what_can_stand_where(tmp_path, monkeypatch) -> None:
     assert complete("launch", "tra") == ["file,tra"]
     assert complete("launch", "job.py", "--") == ["file,--"]
     assert complete("launch", "logs", "--fo") == ["plain,--follow"]
-    for command in ("show", "logs", "wait", "cancel", "retry"):
+    for command in ("show", "retry"):
         assert complete("launch", command, "f") == ["plain,first-run"]
     assert complete("launch", "show", "47") == ["plain,4711"]
 

@@ -43,7 +43,7 @@ def test_every_rank_returns_and_an_error_comes_with_its_traceback(here: Path) ->
             return neighbour.twice(number), int(os.environ["RANK"])
 
         job = launcher.submit(work, 21, procs=2, run="mine", **LOCAL)
-        found = launcher.map_array(work, [1, -1, 3], array="%3", procs=1, run="several", **LOCAL)
+        found = launcher.map_array(work, [1, -1], array="%2", procs=1, run="several", **LOCAL)
     finally:
         sys.path.remove(str(here))
         del sys.modules["neighbour"]
@@ -57,8 +57,8 @@ def test_every_rank_returns_and_an_error_comes_with_its_traceback(here: Path) ->
     with pytest.raises(RunError, match="is a run already"):
         launcher.submit(work, 1, run="mine", **LOCAL)
 
-    assert [j.job_id for j in found] == ["several_0", "several_1", "several_2"]
-    assert [found[0].result(), found[2].result()] == [(2, 0), (6, 0)]
+    assert [j.job_id for j in found] == ["several_0", "several_1"]
+    assert found[0].result() == (2, 0)
     with pytest.raises(FailedJobError, match=r"(?s)rank 0:.*in work.*ValueError: -1 is negative") as caught:
         found[1].results()
     assert isinstance(caught.value, UncompletedJobError)

@@ -43,9 +43,3 @@ def test_the_record_of_each_attempt_has_its_steps(launch) -> None:
     assert first["save_s"] in (0.25, 0.5)  # rank 0 may be killed before it has written anything
     assert (second["began"], second["step"], second["saved"]) == (5, 5, None)
     assert last == {"step": 10, "began": 5, "saved": None, "save_s": None}
-
-
-def test_a_program_that_says_nothing_leaves_it_empty(launch) -> None:
-    events = launch.ok("--no-preload", launch.script("pass")).run.events
-    assert events[-1]["event"] == "end"
-    assert events[-1]["progress"] is None
