@@ -418,9 +418,9 @@ class _StreamFeed(Feed):
         self._seed, self._rank, self._train = seed, rank, train
         self._pending: dict[str, Any] | None = None
         self._kept: tuple[int, Any] | None = None
-        self._stateful = callable(getattr(loader, "state_dict", None)) and callable(
-            getattr(loader, "load_state_dict", None)
-        )
+        # Without workers a plain DataLoader is where its dataset is.
+        dataset = getattr(loader, "dataset", None) if not getattr(loader, "num_workers", 0) else None
+        self._keeper = next((o for o in (loader, dataset) if _stateful(o)), None)
         try:
             len(loader)
         except (TypeError, NotImplementedError):
@@ -450,8 +450,8 @@ class _StreamFeed(Feed):
                     return
                 self.position += 1
                 yield batch
-                if looks_ahead and self._stateful:
-                    self._kept = self.position, copy.deepcopy(self.loader.state_dict())
+                if looks_ahead and self._keeper is not None:
+                    self._kept = self.position, copy.deepcopy(self._keeper.state_dict())
         finally:
             if not getattr(self.loader, "persistent_workers", False):
                 _end_workers(iterator)
@@ -461,12 +461,12 @@ class _StreamFeed(Feed):
         for owner in (getattr(loader, "dataset", None), getattr(loader, "sampler", None), loader):
             if callable(set_epoch := getattr(owner, "set_epoch", None)):
                 set_epoch(epoch)
-        if self._pending is not None:
-            loader.load_state_dict(self._pending)
+        if self._pending is not None and self._keeper is not None:
+            self._keeper.load_state_dict(self._pending)
             self._pending = None
         elif consumed and hasattr(type(loader), "__getitem__") and self.sized:
             return (loader[i] for i in range(consumed, len(loader)))
-        elif consumed and self._stateful:
+        elif consumed and self._keeper is not None:
             raise DataError(
                 f"The run stopped after {consumed} batches of a {type(loader).__name__} whose state was saved by each "
                 "rank for itself, and this rank has none: the number of ranks has changed. Resume with the same "
@@ -498,14 +498,14 @@ class _StreamFeed(Feed):
             self.loader._iterator = None
 
     def state_dict(self) -> dict[str, Any]:
-        if not (self._stateful and self._train):
+        if self._keeper is None or not self._train:
             return {}
         if self._kept is not None and self._kept[0] == self.position:
             return {"loader": self._kept[1]}
-        return {"loader": self.loader.state_dict()}
+        return {"loader": self._keeper.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if self._stateful and "loader" in state:
+        if self._keeper is not None and "loader" in state:
             self._pending = state["loader"]
 
 
@@ -555,6 +555,10 @@ def _shuffles(sampler: Any, *, distribute: bool) -> bool | None:
     if _is(sampler, RandomSampler) and not sampler.replacement and sampler.num_samples == len(sampler.data_source):
         return True
     return None
+
+
+def _stateful(owner: Any) -> bool:
+    return all(callable(getattr(owner, name, None)) for name in ("state_dict", "load_state_dict"))
 
 
 def _is(sampler: Any, kind: type) -> bool:

@@ -269,7 +269,7 @@ def bind_train_batch(run: Fit) -> Callable[[Any, int, bool], bool | None]:
     optimizer, scaler, before_step, by_closure = run.optimizer, run.precision.scaler, run.before_step, run.by_closure
     on_batch_start, on_batch_end = run.hooks.on_train_batch_start, run.hooks.on_train_batch_end
     automatic, no_sync = run.module.automatic_optimization, run.parallel.no_sync
-    page = run.page
+    page, share_buffers = run.page, run.parallel.share_buffers
     micro_batch = bind_micro_batch(run)
     if run.virtual is not None:
         micro_batch = run.virtual.bind(run, micro_batch)
@@ -307,6 +307,8 @@ def bind_train_batch(run: Fit) -> Callable[[Any, int, bool], bool | None]:
                 scaler.update()
             state.global_step += 1
 
+        if share_buffers is not None and stepping:
+            share_buffers()
         state.batch += 1
         state.batches += 1
         state.position = feed.position
@@ -499,7 +501,7 @@ def after_batch(run: Fit, is_last: bool) -> bool:
                 hooks.on_validation_model_zero_grad()
             else:
                 run.module.zero_grad()
-        run.before_validation = Before(run.module)
+        run.before_validation = Before(run.module, [])
         trainer.state.stage = RunningStage.VALIDATING
         evaluate(run.validation)
         trainer.state.stage = RunningStage.TRAINING

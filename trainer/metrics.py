@@ -336,6 +336,10 @@ class Metrics:
             entry.reset()
         self._unread = False
 
+    def passing(self) -> list[Any]:
+        """The torchmetrics objects of the evaluation at hand, which begin anew when it is over."""
+        return [] if self.training else [e.metric for e in self._distinct() if e.metric is not None and e.on_epoch]
+
     def forget(self) -> None:
         """Forget everything that callbacks and bars could read, e.g. after the sanity check."""
         self._callback, self._logged, self._progress = {}, {}, {}

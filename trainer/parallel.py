@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,6 +40,9 @@ class Parallel:
         self.precision: Precision | None = None
         self.module: nn.Module
         self.step: Callable[..., Any]
+        # Called after each step: buffers, which every rank changes by its own batches, become rank 0's on all ranks.
+        # None: there are none, or they stay each rank's own.
+        self.share_buffers: Callable[[], None] | None = None
 
     def place(self, module: nn.Module) -> None:
         """Bring the module to the device; what is on the meta device gets its first weights, seeded as torch is."""
@@ -95,6 +99,13 @@ class Parallel:
     def load_optimizer_state(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
         """Load what `optimizer_state` returned, of this or another way of running."""
         optimizer.load_state_dict(_numbered(state, self.module, optimizer))
+
+    def _broadcast(self, tensors: Callable[[], Iterable[Tensor]]) -> None:
+        group = dist.distributed_c10d._get_default_group()
+        found = list(tensors())
+        for dtype in dict.fromkeys(t.dtype for t in found):  # in one order on all ranks, unlike a set
+            same = [t for t in found if t.dtype == dtype]
+            dist._broadcast_coalesced(group, same, 250 * 1024 * 1024, 0)  # type: ignore[attr-defined]
 
     def _same_start(self, module: nn.Module) -> None:
         """Rank 0's parameters and buffers on every rank: scripts seed their ranks alike, or not at all."""
@@ -182,7 +193,7 @@ class DDP(Parallel):
         self._trained: list[bool] = []
 
     def wrap(self, module: nn.Module, *, training: bool = True) -> None:
-        self.module, self._ddp = module, None
+        self.module, self._ddp, self.share_buffers = module, None, None
         self._trained = _trained(module)
         self.step = module.training_step  # type: ignore[assignment]
         if not training or not any(p.requires_grad for p in module.parameters()):
@@ -196,6 +207,11 @@ class DDP(Parallel):
         # DDP turns the buckets that it makes at first around, and takes those that are rebuilt as they come.
         step = _Step(module, names[::-1] if rebuilds else names)
         ids = [self.world.device] if self.world.device.type == "cuda" else None
+        # DDP would make buffers alike before a step. They must be so after it, when validation, averages and
+        # checkpoints look at them: a resumed rank has rank 0's.
+        if options.get("broadcast_buffers", True) and next(module.buffers(), None) is not None:
+            self.share_buffers = partial(self._broadcast, self._shared_buffers)
+        options = options | {"broadcast_buffers": False}
         ddp = nn.parallel.DistributedDataParallel(step, device_ids=ids, **options)
         if rebuilds:
             # What DDP itself calls when a rank without data joins in: the layout follows the list, for good.
@@ -210,6 +226,11 @@ class DDP(Parallel):
             return False
         self.wrap(self.module)
         return True
+
+    def _shared_buffers(self) -> list[Tensor]:
+        # Asked anew each time: a module may have replaced one.
+        ignored = getattr(self.module, "_ddp_params_and_buffers_to_ignore", [])
+        return [buffer for name, buffer in self.module.named_buffers() if name not in ignored]
 
     def _manual_step(self, *args: Any, **kwargs: Any) -> Any:
         assert self._ddp is not None
@@ -276,7 +297,6 @@ class FSDP(Parallel):
         self.units, self.replicas = units, replicas
         self.reshard_after_forward, self.mp_policy = reshard_after_forward, mp_policy
         self.cpu_offload = cpu_offload
-        self._statistics: list[Tensor] = []
 
     def place(self, module: nn.Module) -> None:
         # Layers on the meta device are made and sharded unit by unit, so that there is never more than one of them.
@@ -304,17 +324,8 @@ class FSDP(Parallel):
                 module.__dict__[name].__func__.__signature__ = inspect.signature(getattr(type(module), name))
         self.step = module.training_step  # type: ignore[assignment]
         norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
-        self._statistics = [b for m in norms for b in m.buffers(recurse=False)]
-        if training and self._statistics:
-            self.step = self._step_with_statistics
-
-    def _step_with_statistics(self, *args: Any, **kwargs: Any) -> Any:
-        """Running statistics are replicated: those of rank 0 hold before each step, as with DDP."""
-        group = dist.distributed_c10d._get_default_group()
-        for dtype in dict.fromkeys(b.dtype for b in self._statistics):  # in one order on all ranks, unlike a set
-            same = [b for b in self._statistics if b.dtype == dtype]
-            dist._broadcast_coalesced(group, same, 250 * 1024 * 1024, 0)  # type: ignore[attr-defined]
-        return self.module.training_step(*args, **kwargs)  # type: ignore[operator]
+        statistics = [b for m in norms for b in m.buffers(recurse=False)]
+        self.share_buffers = partial(self._broadcast, lambda: statistics) if training and statistics else None
 
     def _options(self) -> dict[str, Any]:
         from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy

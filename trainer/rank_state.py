@@ -27,17 +27,19 @@ def rank_state(run: Fit) -> dict[str, Any]:
     """Random state, the epoch's half-reduced values, the loaders' state, gradients of an unfinished window."""
     broken_off = run.state.resume_at == "validation" and run.before_validation is not None
     # A validation that was broken off is done again, from what was there before it.
-    before: Any = run.before_validation if broken_off else Before(run.module)
+    before: Any = run.before_validation if broken_off else Before(run.module, run.metrics.passing())
     state: dict[str, Any] = {
         "rng": before.rng,
         "metrics": run.metrics.state_dict(),
         "torchmetrics": before.torchmetrics,
         "feed": run.feed.state_dict(),
     }
-    if window := in_flight(run):
+    window = in_flight(run)
+    if run.world.size > 1 and not run.parallel.sharded and (window or run.parallel.share_buffers is None):
+        state["buffers"] = dict(run.module.named_buffers())
+    if window:
         # DDP has not exchanged them yet, so they are not the same on all ranks.
         state["gradients"] = {n: p.grad for n, p in run.module.named_parameters() if p.grad is not None}
-        state["window"] = window
     return state
 
 
@@ -52,9 +54,9 @@ def in_flight(run: Fit) -> int:
 class Before:
     """What a validation changes although it belongs to training: random state, and torchmetrics objects."""
 
-    def __init__(self, module: torch.nn.Module) -> None:
+    def __init__(self, module: torch.nn.Module, left_out: list[Any]) -> None:
         self.rng = rng_state()
-        self.torchmetrics = metric_states(module)
+        self.torchmetrics = metric_states(module, left_out)
 
 
 def place_in_epoch(run: Fit, found: Found, *, anew: bool) -> Found:
@@ -94,6 +96,9 @@ def restore_rank(run: Fit, found: Found) -> None:
     if "metrics" in own:
         run.metrics.load_state_dict(own["metrics"], [o["metrics"] for o in found.orphans])
         load_metric_states(run.module, [o["torchmetrics"] for o in (own, *found.orphans) if "torchmetrics" in o])
+    if found.world_size == world.size:
+        for name, buffer in own.get("buffers", {}).items():
+            run.module.get_buffer(name).copy_(buffer)
     if own.get("feed") and found.world_size == world.size:
         run.feed.load_state_dict(own["feed"])
     # Each is a part of a mean over the ranks that there were; that of virtual ranks is the whole, on every rank.
@@ -111,11 +116,11 @@ def restore_rank(run: Fit, found: Found) -> None:
         _seed_all(_key(run.state.seed or 0, run.state.batches, world.rank, world.size))
 
 
-def metric_states(module: torch.nn.Module) -> dict[str, Any]:
+def metric_states(module: torch.nn.Module, left_out: list[Any]) -> dict[str, Any]:
     """The half-finished torchmetrics objects among a module's children: they are not in its state_dict by default."""
     found = {}
     for name, child in module.named_modules():
-        if _is_metric(child) and child._update_count:
+        if _is_metric(child) and child._update_count and not any(child is metric for metric in left_out):
             # They are added to in place.
             state = {key: _copied(value) for key, value in child.metric_state.items()}
             found[name] = {"state": state, "updates": child._update_count}

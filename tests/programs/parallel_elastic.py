@@ -6,6 +6,7 @@ import sys
 
 import torch
 from torch import nn
+from torchmetrics import SumMetric
 
 from trainer import Module, Trainer
 from trainer.callbacks import Callback
@@ -16,10 +17,15 @@ class Net(Module):
         super().__init__()
         self.layer = nn.Linear(1, 1)
         self.seen = []
+        self.summed = SumMetric()
 
     def training_step(self, batch, index):
         if self.trainer.train_dataloader is not None and self.trainer.fit_run.feed.weight:
             self.seen += batch.flatten().tolist()
+        counted = len(batch) if self.trainer.fit_run.feed.weight else 0
+        self.summed.update(float(counted))
+        self.log("count", float(counted), reduce_fx="sum", on_step=False, on_epoch=True)
+        self.log("summed", self.summed, on_step=False, on_epoch=True)
         return self.layer(batch).square().mean()
 
     def on_validation_start(self):
@@ -61,4 +67,6 @@ if __name__ == "__main__":
         trainer = Trainer(**quiet)
         trainer.fit(module, ckpt_path=sys.argv[2])
         assert trainer.current_epoch == 1
+        # Half-finished sums of ranks that are no more were taken over by those that are.
+        assert trainer.callback_metrics["count"] == trainer.callback_metrics["summed"] == 53
         print("seen", *map(int, module.seen), flush=True)

@@ -2,7 +2,7 @@
 
 HURT is JSON: a list, one item per attempt, of null or [signal, rank, where, number, seconds]; `where` is one of
 PLACES, and the signal comes that many seconds after the rank was there for that time, wherever it is then.
-WORKERS: loader workers. VIRTUAL: virtual ranks, 0 for none. Rank 0 writes what has come out to end.json.
+WORKERS: loader workers. VIRTUAL: virtual ranks, 0 for none. EPOCHS: 3. Rank 0 writes what has come out to end.json.
 """
 
 from __future__ import annotations
@@ -167,7 +167,8 @@ def main() -> None:
     average = T.callbacks.EMAWeightAveraging(decay=0.9)
     rows, workers = Rows(), int(os.environ.get("WORKERS", "0"))
     trainer = T.Trainer(
-        accelerator="cpu", max_epochs=3, accumulate_grad_batches=2, gradient_clip_val=1.0, val_check_interval=0.4,
+        accelerator="cpu", max_epochs=int(os.environ.get("EPOCHS", "3")), accumulate_grad_batches=2,
+        gradient_clip_val=1.0, val_check_interval=0.4,
         log_every_n_steps=2, logger=rows, enable_progress_bar=False, enable_model_summary=False,
         virtual_ranks=VIRTUAL or None,
         callbacks=[Scale(), average, T.callbacks.EarlyStopping("val", patience=50),
@@ -181,7 +182,7 @@ def main() -> None:
         end = {
             "weights": digest(model.state_dict().values()),
             "optimizer": digest(v for state in states.values() for v in state.values()),
-            "rows": digest(rows.rows), "count": len(rows.rows),
+            "rows": digest([json.dumps(rows.rows)]), "count": len(rows.rows),
             "place": [trainer.current_epoch, trainer.global_step],
         }  # fmt: skip
         (FOLDER / "end.json").write_text(json.dumps(end))

@@ -10,35 +10,36 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchmetrics import MeanMetric
 
 import trainer as T
+from trainer.errors import DataError
 from trainer.progress import DONE, MAGIC
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 
-def outcome(results) -> list[str]:
-    """What the ranks' program says at its end."""
-    return next(line for line in results[0].stdout.splitlines() if line.startswith("END ")).split()[1:]
-
-
 def test_two_ranks_stop_together_die_and_go_on(gang, tmp_path):
     """One rank alone is told to stop; later one is killed; the end is that of an undisturbed run."""
-    (tmp_path / "whole").mkdir()
-    (tmp_path / "hurt").mkdir()
-    program = "trainer_resume.py"
-    whole = outcome(gang.ok(2, program, env={"LAUNCH_RUN_DIR": str(tmp_path / "whole"), "LAUNCH_ATTEMPT": "0"}))
-    hurt = [["SIGTERM", 1, "validation", 5], ["SIGKILL", 0, "train", 14]]
-    environment = {"LAUNCH_RUN_DIR": str(tmp_path / "hurt"), "HURT": json.dumps(hurt)}
-    stopped = gang(2, program, env=environment | {"LAUNCH_ATTEMPT": "0"})
+
+    def end(folder):
+        return json.loads((folder / "end.json").read_text())
+
+    whole, hurt = tmp_path / "whole", tmp_path / "hurt"
+    whole.mkdir()
+    hurt.mkdir()
+    gang.ok(2, "soak_job.py", env={"LAUNCH_RUN_DIR": str(whole), "LAUNCH_ATTEMPT": "0"})
+    hurts = [["SIGTERM", 1, "validation", 3, 0.0], ["SIGKILL", 0, "train", 14, 0.0]]
+    environment = {"LAUNCH_RUN_DIR": str(hurt), "HURT": json.dumps(hurts)}
+    stopped = gang(2, "soak_job.py", env=environment | {"LAUNCH_ATTEMPT": "0"})
     assert [r.returncode for r in stopped] == [75, 75], stopped
-    killed = gang(2, program, env=environment | {"LAUNCH_ATTEMPT": "1"})
+    killed = gang(2, "soak_job.py", env=environment | {"LAUNCH_ATTEMPT": "1"})
     assert killed[0].returncode == -signal.SIGKILL
     assert killed[1].returncode != 0
-    assert outcome(gang.ok(2, program, env=environment | {"LAUNCH_ATTEMPT": "2"})) == whole
+    gang.ok(2, "soak_job.py", env=environment | {"LAUNCH_ATTEMPT": "2"})
+    assert end(hurt) == end(whole)
 
 
 class Died(Exception):
@@ -65,7 +66,7 @@ class Model(T.Module):
     def __init__(self, hurt=None):
         super().__init__()
         self.net = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.Dropout(0.2), torch.nn.Linear(16, 1))
-        self.mean = MeanMetric()
+        self.mean, self.val_mean = MeanMetric(), MeanMetric()
         self.hurt, self.counts = hurt, {}
 
     def place(self, where):
@@ -87,7 +88,10 @@ class Model(T.Module):
         if not self.trainer.sanity_checking:
             self.place("validation")
         noise = 0.01 * torch.randn(())  # validation draws random numbers too
-        self.log("val", torch.nn.functional.mse_loss(self.net(batch[0]), batch[1]) + noise)
+        loss = torch.nn.functional.mse_loss(self.net(batch[0]), batch[1]) + noise
+        self.val_mean(loss)
+        self.log("val", loss)
+        self.log("val_mean", self.val_mean)
 
     def on_train_epoch_end(self):
         self.log("end", float(self.current_epoch))
@@ -180,6 +184,100 @@ def test_every_place_of_a_stop_or_crash(run_folder):
         # A stop that comes in the last batch finds the training complete: that is no failure and no requeue.
         assert ended == ("died" if hurt[0] == "die" else 75), (hurt, ended)
         assert attempt(folder) == whole, hurt
+
+
+class Endless(IterableDataset):
+    """Samples that come in an order of their own."""
+
+    def __init__(self, n=12):
+        self.n, self.given = n, []
+
+    def __iter__(self):
+        for i in range(self.n):
+            self.given.append(i)
+            yield torch.full((4,), i / 10)
+
+
+class Going(Endless):
+    """One that says where it is."""
+
+    at = 0
+
+    def __iter__(self):
+        while self.at < self.n:
+            self.at += 1
+            self.given.append(self.at - 1)
+            yield torch.full((4,), (self.at - 1) / 10)
+        self.at = 0
+
+    def state_dict(self):
+        return {"at": self.at}
+
+    def load_state_dict(self, state):
+        self.at = state["at"]
+
+
+class Streamed(Model):
+    def training_step(self, batch, batch_idx):
+        self.place("train")
+        x = batch if isinstance(batch, torch.Tensor) else torch.cat([b for b in batch if b is not None])
+        return self.net(x).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), lr=1e-2)
+
+
+def fit_streamed(loader, hurt=None, **arguments):
+    model = Streamed(hurt)
+    trainer = T.Trainer(**({"accelerator": "cpu", "max_epochs": 2, "logger": False, "enable_progress_bar": False,
+                            "enable_model_summary": False} | arguments))  # fmt: skip
+    try:
+        trainer.fit(model, loader)
+    except SystemExit:
+        return None
+    return torch.cat([w.flatten() for w in model.state_dict().values()]).tolist(), model.counts["train"]
+
+
+def test_a_stream_that_cannot_say_where_it_was_begins_its_epoch_anew_if_that_is_wanted(run_folder):
+    run_folder("stream")
+    assert fit_streamed(DataLoader(Endless(), 2), (signal.SIGTERM, "train", 8)) is None
+    with pytest.raises(DataError, match=r"cannot say where it was.*Trainer\(resume='epoch'\)"):
+        fit_streamed(DataLoader(Endless(), 2))
+    data = Endless()
+    _, batches = fit_streamed(DataLoader(data, 2), resume="epoch")
+    assert batches == 6
+    assert data.given == list(range(12))
+
+
+def test_a_dataset_with_a_state_goes_on_where_it_was(run_folder):
+    run_folder("whole")
+    torch.manual_seed(0)
+    whole, _ = fit_streamed(DataLoader(Going(), 2))
+    run_folder("stream")
+    torch.manual_seed(0)
+    assert fit_streamed(DataLoader(Going(), 2), (signal.SIGTERM, "train", 8)) is None
+    data = Going()
+    weights, batches = fit_streamed(DataLoader(data, 2))
+    assert (weights, batches) == (whole, 4)
+    assert data.given == list(range(4, 12))
+
+
+@pytest.mark.parametrize("mode", ["min_size", "max_size_cycle", "max_size"])
+def test_several_loaders_go_on_where_they_were(run_folder, mode):
+    def loaders():
+        sets = [torch.arange(4.0 * n).reshape(n, 4) / 100 for n in (8, 10)]
+        return T.CombinedLoader([DataLoader(s, 1, shuffle=True) for s in sets], mode)
+
+    run_folder("whole")
+    torch.manual_seed(0)
+    whole, batches = fit_streamed(loaders())
+    assert batches == {"min_size": 16}.get(mode, 20)
+    for number in (3, 9, 17):
+        if number < batches:
+            run_folder(f"{mode}-{number}")
+            torch.manual_seed(0)
+            assert fit_streamed(loaders(), (signal.SIGTERM, "train", number)) is None
+            assert fit_streamed(loaders()) == (whole, batches - number)
 
 
 def test_many_attempts(run_folder):
