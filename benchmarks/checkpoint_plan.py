@@ -10,12 +10,12 @@ commit, and of a rank to plan its reads of a checkpoint by `ranks` ranks for hal
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
 from pathlib import Path
 
 import torch
+from facts import facts, tell
 
 from trainer.checkpoint.catalog import Checkpoint
 from trainer.checkpoint.folder import Folder
@@ -89,7 +89,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         times = ours(Folder.at(folder) / "x" / new_attempt(), arguments.ranks, arguments.tensors)
-    report = {
+    report = facts() | {
         "ranks": arguments.ranks,
         "tensors": arguments.tensors,
         "ours, seconds": {k: round(v, 3) for k, v in times.items()},
@@ -97,9 +97,7 @@ def main() -> None:
             dcp(arguments.dcp_ranks, arguments.tensors), 3
         ),
     }
-    print(json.dumps(report, indent=1))
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps(report, indent=1) + "\n")
+    tell(report, arguments.json)
 
 
 if __name__ == "__main__":

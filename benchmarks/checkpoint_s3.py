@@ -9,17 +9,16 @@ The candidates take turns; quoted are minima in seconds.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
 import time
 import urllib.request
 import warnings
-from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
+from facts import facts, tell
 
 SERVER = """
 import sys
@@ -53,13 +52,11 @@ def main() -> None:
         urllib.request.urlopen(
             urllib.request.Request(f"http://127.0.0.1:{port}/bucket", method="PUT"), timeout=20
         ).close()
-        report = measure(arguments.mib, arguments.rounds)
+        report = facts() | measure(arguments.mib, arguments.rounds)
     finally:
         server.kill()
         server.wait()
-    print(json.dumps(report, indent=1))
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps(report, indent=1) + "\n")
+    tell(report, arguments.json)
 
 
 def measure(mib: int, rounds: int) -> dict:

@@ -19,9 +19,7 @@ The candidates take turns; quoted are the minima, and ratios of minima.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import shutil
 import statistics
 import tempfile
@@ -31,9 +29,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
+from facts import facts, tell
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-from trainer.checkpoint import Store
+from trainer.checkpoint import Store, load_file, save_file
+from trainer.checkpoint.background import Alone, Background
 
 TENSORS = 64
 
@@ -82,10 +82,8 @@ def main() -> None:
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", module="torch")
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        report = measure(Path(folder), arguments.mib, arguments.rounds)
-    print(json.dumps(report, indent=1))
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps(report, indent=1) + "\n")
+        report = facts() | measure(Path(folder), arguments.mib, arguments.rounds)
+    tell(report, arguments.json)
 
 
 def measure(folder: Path, mib: int, rounds: int) -> dict:
@@ -98,7 +96,8 @@ def measure(folder: Path, mib: int, rounds: int) -> dict:
     durable: dict[str, list[float]] = {}
     load: dict[str, list[float]] = {}
     stager = DefaultStager(StagingOptions(False, False, False, False))
-    store = Store(str(folder / "ours"))
+    background = Background(Alone())
+    store = Store(str(folder / "ours"), background=background)
     calm, busy = [], []
     for turn in range(rounds + 1):  # the first warms every candidate up, and does not count
         for which in (stall, durable, load):
@@ -117,6 +116,13 @@ def measure(folder: Path, mib: int, rounds: int) -> dict:
         durable.setdefault("ours, background", []).append(time.perf_counter() - began)
         load.setdefault("ours, verified", []).append(timed(lambda s=saved: store.load(s.name)))
         store.remove(saved.name)
+        began = time.perf_counter()
+        save_file(tensors, folder / "file.ckpt", background=background, wait=False)
+        stall.setdefault("ours, one file", []).append(time.perf_counter() - began)
+        background.wait()
+        durable.setdefault("ours, one file", []).append(time.perf_counter() - began)
+        load.setdefault("ours, one file, verified", []).append(timed(lambda: load_file(folder / "file.ckpt")))
+        (folder / "file.ckpt").unlink()
         saved = store.save(tensors, step=turn)
         durable.setdefault("ours, at once", []).append(saved.seconds)
         store.remove(saved.name)
@@ -147,15 +153,13 @@ def measure(folder: Path, mib: int, rounds: int) -> dict:
         store.wait()
         store.remove(saved.name)
     quiet = statistics.median(calm)
-    memory = store.background.memory / (mib * 2**20)
-    store.close()
+    memory = background.memory / (mib * 2**20)
+    background.close()
     stager.close()
     best = {kind: {k: round(min(v), 4) for k, v in found.items()} for kind, found in
             (("stall", stall), ("durable", durable), ("load", load))}  # fmt: skip
     return {
         "state": f"{mib} MiB in {TENSORS} tensors, {rounds} rounds, minima in seconds",
-        "machine": f"{os.cpu_count()} cores, {platform.platform()}, torch {torch.__version__}, "
-        f"{torch.get_num_threads()} threads",
         **best,
         "ratios": {
             "stall: ours / one copy": round(best["stall"]["ours"] / best["stall"]["one copy"], 2),
