@@ -197,7 +197,7 @@ def submit(function: Callable[..., R], /, *args: Any, **options: Any) -> Job[R]:
             from launcher.backends.slurm import submit_run
 
             job_id = submit_run(folder)
-        index.register(path, folder.created, job_id)
+        _register(path, folder.created, job_id)
     if job_id is None:
         _start(path)
     return Job(path)
@@ -234,7 +234,7 @@ def map_array(function: Callable[..., R], /, *iterables: Iterable[Any], **option
             from launcher.backends import slurm_array
 
             job_id = slurm_array.submit(array, sorted(array.elements))
-        index.register(path, array.created, job_id)
+        _register(path, array.created, job_id)
     if job_id is None:
         _start(path)
     return [Job(path, element) for element in sorted(array.elements)]
@@ -279,6 +279,11 @@ def _snapshot(request: Request) -> snapshot.Survey | None:
         warnings.warn(text, stacklevel=4)
 
     return snapshot.survey(request.spec, warn, insist=request.insist) if request.snapshot else None
+
+
+def _register(path: Path, created: float, job_id: str | None) -> None:
+    if (why_not := index.register(path, created, job_id)) is not None:
+        warnings.warn(why_not, stacklevel=3)
 
 
 def _write_call(path: Path, function: Callable[..., Any], args: tuple[Any, ...]) -> None:

@@ -168,6 +168,9 @@ def _of_element(
     slurm = None if job is None else {"job_id": job_id, "submitted": job.time}
     what = what | {"program": " ".join((what["program"], *element.args))}
     if (folder / "run.json").is_file():
+        own = read_json(folder / "slurm.json")  # --requeue=resubmit: it went on as a job by itself
+        if slurm is not None and own is not None and own["submitted"] > slurm["submitted"]:
+            slurm = own
         return _of_state(Standing(name, folder, "", created=array.created, **what), slurm)
     status, cause = ("waiting", "") if works or slurm else ("stopped", "never began")
     standing = Standing(name, folder, status, cause, created=array.created,

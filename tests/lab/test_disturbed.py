@@ -1,0 +1,262 @@
+"""A cluster that fails, and a preemption at the worst moment: the run ends as if nobody had disturbed it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+
+import pytest
+from job import HERE, LAUNCH, Job
+from netns import wait_for
+
+pytestmark = [pytest.mark.lab, pytest.mark.timeout(240)]
+
+RANKS = 4
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory):
+    """What the training comes to on this machine when nothing happens."""
+    cwd = tmp_path_factory.mktemp("undisturbed")
+    own = {"OMP_NUM_THREADS": "1", "XDG_STATE_HOME": str(cwd / "state")}
+    subprocess.run(
+        [LAUNCH, "--procs", str(RANKS), "--run", "job", HERE / "digits.py"],
+        cwd=cwd, env=os.environ | own, check=True, stdout=subprocess.DEVNULL, timeout=120,
+    )  # fmt: skip
+    return json.loads((cwd / "runs" / "job" / "result").read_text())
+
+
+@pytest.fixture
+def submit(lab, tmp_path):
+    """`submit(*words of digits.py, options=(...))`: the run, submitted."""
+    return lambda *words, options=(): Job.submit(lab, tmp_path, *options, program=(HERE / "digits.py", *words))
+
+
+@pytest.fixture
+def short_grace(lab):
+    """2 s from the warning of a preemption to the end that Slurm makes."""
+    lab.run("scontrol", "update", "PartitionName=main", "GraceTime=2")
+    yield
+    lab.run("scontrol", "update", "PartitionName=main", f"GraceTime={lab.settings.grace}")
+
+
+def let_go(job: Job) -> None:
+    (job.folder / "go").touch()
+
+
+def wait_held(job: Job) -> None:
+    """Until every rank is where `--hold` holds it."""
+    job.wait(lambda: len(list(job.folder.glob("held-*"))) == RANKS, "all ranks at the place")
+
+
+def preempt(job: Job) -> None:
+    """Until Slurm has decided on it; the ranks have SIGTERM by then or a moment later."""
+    job.lab.preempt(job.id)
+    wait_for(lambda: job.lab.job(job.id).get("PreemptTime", "None") != "None", 30, "the preemption")
+
+
+def shown(job: Job) -> dict:
+    """What `launch show --json` says of the run."""
+    text = job.lab.run(LAUNCH, "show", "--json", job.folder, environment={"XDG_STATE_HOME": str(job.folder / "state")})
+    return json.loads(text)[0]
+
+
+def ended_as(undisturbed: dict, job: Job, *began: int) -> list[dict]:
+    """The run is finished with the undisturbed one's result, its attempts began at these steps (of which the first is
+    0), and the cluster has done with it; the attempts, as `launch show` tells of them.
+    """
+    state = job.wait_over()
+    assert state["status"] == "finished", job.story()
+    assert json.loads(job.result) == undisturbed, job.story()
+    told = shown(job)
+    assert told["status"] == "finished"
+    attempts = told["history"]["attempts"]
+    assert [a["resumed_step"] for a in attempts] == [0, *began], job.story()
+    at_rest(job)
+    return attempts
+
+
+def at_rest(job: Job) -> None:
+    """No rank or agent anywhere, no node in COMPLETING."""
+    lab = job.lab
+
+    def busy():
+        states = {n: s for n, s in lab.node_states().items() if s != "idle"}
+        processes = [p.command[:200] for n in lab.settings.node_names for p in lab.node_processes(n)]
+        return states, processes
+
+    try:
+        wait_for(lambda: not any(busy()), 60, "the nodes to be idle and empty")
+    except Exception as error:
+        raise AssertionError(f"{error}: {busy()}\n{job.story()}") from None
+
+
+# ---------------------------------------------------------------------------------------------- the cluster fails
+
+
+def test_a_cut_cable_takes_the_run_elsewhere(lab, submit, undisturbed):
+    job = submit("--slow-from", "14")
+    job.wait_step(14)
+    lab.link_down("node2")
+    job.wait(lambda: job.of("requeued"), "the requeue")
+    # Nobody can reach that node, and still nothing of the run goes on there.
+    wait_for(
+        lambda: not job.processes("node2", "agent") + job.processes("node2", "rank"), 30, "the ranks of node2 to end"
+    )
+    job.wait(lambda: len(job.of("attempt")) == 2, "the second attempt")
+    assert job.of("attempt")[1]["hosts"] == ["node1", "node3"]
+    lab.link_up("node2")
+    attempts = ended_as(undisturbed, job, 10)
+    assert "node2 no longer answers" in attempts[0]["cause"]
+    assert len(job.markers) == 1
+
+
+def test_the_supervisors_own_cable_is_cut(lab, submit, undisturbed):
+    job = submit("--slow-from", "14")
+    job.wait_step(14)
+    lab.link_down("node1")
+    # slurmctld gives the node up after SlurmdTimeout (10 s here) and puts the job back into the queue.
+    job.wait(lambda: job.state.get("status") != "running", "the supervisor to give up")
+    lab.wait_state(job.id, "PENDING", "RUNNING", timeout=60)
+    job.wait(lambda: len(job.of("attempt")) == 2, "the second attempt")
+    assert job.of("attempt")[1]["hosts"] == ["node2", "node3"]
+    lab.link_up("node1")
+    ended_as(undisturbed, job, 10)
+    assert lab.job(job.id)["Restarts"] == "1"
+
+
+@pytest.mark.parametrize("how", ["shut down", "killed"])
+def test_training_goes_on_while_slurmctld_is_away(lab, submit, undisturbed, how):
+    job = submit("--slow-from", "5")
+    job.wait_step(5)
+    if how == "killed":
+        lab.kill_slurmctld()
+    else:
+        lab.run("scontrol", "shutdown", "slurmctld")
+        wait_for(lambda: not lab._runs("head", "slurmctld"), 20, "the end of slurmctld")
+    step = job.step(0)
+    job.wait_step(step + 2)
+    lab.start_slurmctld()
+    let_go(job)
+    ended_as(undisturbed, job)
+    assert lab.state(job.id) == "COMPLETED"
+    assert lab.job(job.id)["Restarts"] == "0"
+
+
+def test_a_run_ends_while_slurmctld_is_away(lab, submit, undisturbed):
+    job = submit("--hold", "55")
+    wait_held(job)
+    lab.kill_slurmctld()
+    let_go(job)
+    job.wait(lambda: job.state["status"] == "finished" and not job.processes("node1", "supervisor"), "the end")
+    lab.start_slurmctld()
+    ended_as(undisturbed, job)
+    assert lab.wait_state(job.id, "COMPLETED", timeout=30)["Restarts"] == "0"
+
+
+def test_accounting_is_dead_from_before_submission_on(lab, submit, undisturbed):
+    lab.stop_slurmdbd()
+    job = submit("--hold", "15")
+    wait_held(job)
+    assert shown(job)["status"] == "running"
+    preempt(job)
+    job.wait(lambda: job.of("stop"), "the stop")
+    let_go(job)
+    attempts = ended_as(undisturbed, job, job.step(0))
+    assert attempts[0]["cause"].startswith("preempted")
+
+
+def test_slurmctld_dies_as_it_preempts(lab, submit, undisturbed):
+    job = submit("--hold", "15")
+    wait_held(job)
+    # The supervisor hears of it when there is nobody left to ask.
+    job.kill("node1", "supervisor", number=signal.SIGSTOP)
+    preempt(job)
+    lab.kill_slurmctld()
+    job.kill("node1", "supervisor", number=signal.SIGCONT)
+    job.wait(lambda: job.of("stop"), "the stop")
+    let_go(job)
+    job.wait(lambda: job.of("end"), "the end of the attempt")
+    lab.start_slurmctld()
+    attempts = ended_as(undisturbed, job, job.step(0))
+    assert attempts[0]["cause"].startswith("preempted")
+
+
+def test_slurmctld_is_away_at_the_time_limit(lab, submit, undisturbed):
+    job = submit("--slow-from", "5", options=("--time", "1", "--stop-lead", "40"))
+    job.wait_step(5)
+    lab.kill_slurmctld()
+    job.wait(lambda: job.of("end"), "the end of the attempt")
+    assert job.stop()["cause"] == "time limit"
+    lab.start_slurmctld()
+    attempts = ended_as(undisturbed, job, job.step(0))
+    assert attempts[0]["cause"].startswith("time limit")
+
+
+# ---------------------------------------------------------------------------------------------- the worst moments
+
+
+def test_preempted_in_a_save_that_the_grace_is_too_short_for(lab, submit, undisturbed, short_grace):
+    job = submit("--hold", "save")
+    wait_held(job)
+    preempt(job)
+    attempts = ended_as(undisturbed, job, 10)
+    assert attempts[0]["cause"].startswith("preempted")
+
+
+def test_preempted_in_a_save(lab, submit, undisturbed):
+    job = submit("--hold", "save")
+    wait_held(job)
+    preempt(job)
+    job.wait(lambda: job.of("stop"), "the stop")
+    let_go(job)
+    ended_as(undisturbed, job, job.step(0))
+    assert job.step(0) >= 20
+
+
+def test_preempted_in_a_validation(lab, submit, undisturbed):
+    job = submit("--hold", "validation")
+    wait_held(job)
+    preempt(job)
+    job.wait(lambda: job.of("stop"), "the stop")
+    let_go(job)
+    ended_as(undisturbed, job, job.step(0))
+
+
+def test_preempted_in_the_last_step(lab, submit, undisturbed):
+    job = submit("--hold", "60")
+    wait_held(job)
+    preempt(job)
+    job.wait(lambda: job.of("stop"), "the stop")
+    let_go(job)
+    job.wait_over()
+    ended_as(undisturbed, job, *([60] * (len(job.of("attempt")) - 1)))
+
+
+def test_preempted_while_the_ranks_import(lab, submit, undisturbed):
+    job = submit("--hold", "start")
+    wait_held(job)
+    preempt(job)
+    job.wait(lambda: job.of("requeued"), "the requeue")
+    attempts = ended_as(undisturbed, job, 0)
+    assert attempts[0]["cause"].startswith("preempted")
+
+
+def test_preempted_while_the_agents_import(lab, submit, undisturbed, tmp_path):
+    (tmp_path / "slow_start.py").write_text(
+        "import socket, time\n"
+        "from pathlib import Path\n"
+        "import torch\n"
+        f"here = Path({str(tmp_path)!r})\n"
+        "(here / f'importing-{socket.gethostname()}').touch()\n"
+        "while not (here / 'imported').exists(): time.sleep(0.02)\n"
+    )
+    (tmp_path / "digits.py").write_text((HERE / "digits.py").read_text())
+    job = Job.submit(lab, tmp_path, "--preload", "slow_start", program=(tmp_path / "digits.py",))
+    job.wait(lambda: len(list(tmp_path.glob("importing-*"))) == 2, "both agents in their imports")
+    preempt(job)
+    (tmp_path / "imported").touch()
+    job.wait(lambda: job.of("requeued"), "the requeue")
+    ended_as(undisturbed, job)
