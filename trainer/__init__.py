@@ -25,27 +25,34 @@ if TYPE_CHECKING:
     from trainer.data import DataModule as LightningDataModule
     from trainer.module import Module
     from trainer.module import Module as LightningModule
+    from trainer.parallel import DDP, FSDP
     from trainer.seed import seed_everything
     from trainer.trainer import Trainer
+    from trainer.tuning import Tuner
 
 # Where each public name lives. They are imported when they are first used: a launcher, a test or a tool that needs
 # one of them does not pay for the others.
 _HOME = {
     "Callback": "trainer.callbacks",
     "CombinedLoader": "trainer.combined",
+    "DDP": "trainer.parallel",
     "DataModule": "trainer.data",
+    "FSDP": "trainer.parallel",
     "LightningCLI": "trainer.cli",
     "LightningDataModule": "trainer.data",
     "LightningModule": "trainer.module",
     "Module": "trainer.module",
     "MusterCLI": "trainer.cli",
     "Trainer": "trainer.trainer",
+    "Tuner": "trainer.tuning",
     "seed_everything": "trainer.seed",
 }
 _RENAMED = {"LightningModule": "Module", "LightningDataModule": "DataModule"}
 _MODULES = ("callbacks", "errors", "loggers", "profilers")
 
 __all__ = [
+    "DDP",
+    "FSDP",
     "Callback",
     "CombinedLoader",
     "DataModule",
@@ -55,6 +62,7 @@ __all__ = [
     "Module",
     "MusterCLI",
     "Trainer",
+    "Tuner",
     "callbacks",
     "errors",
     "loggers",

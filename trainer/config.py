@@ -192,6 +192,7 @@ class Config:
             self._set(num_sanity_val_steps=math.inf)
         self._check_val_interval()
         self._check_clipping()
+        self._set(devices=_devices(self.devices))
         _require(self.deterministic in (None, True, False, "warn"), "deterministic", self.deterministic,
                  "True, False, 'warn', None")  # fmt: skip
         _require(
@@ -276,6 +277,23 @@ class Adjustable:
     def __init__(self, config: Config) -> None:
         for name in Adjustable.__annotations__:
             setattr(self, name, getattr(config, name))
+
+
+def _devices(given: Any) -> Any:
+    """A count, -1, "auto" or a list of indices, from all forms that `devices` may have; "0,2" and "1," are lists."""
+    devices = given
+    if isinstance(given, str) and given != "auto":
+        parts = [p.strip() for p in given.split(",")]
+        if all(p.removeprefix("-").isdigit() for p in parts if p) and any(parts):
+            devices = [int(p) for p in parts if p] if "," in given else int(given)
+    if isinstance(devices, tuple):
+        devices = list(devices)
+    if isinstance(devices, list):
+        good = bool(devices) and all(type(i) is int and i >= 0 for i in devices) and len({*devices}) == len(devices)
+    else:
+        good = devices == "auto" or (type(devices) is int and (devices == -1 or devices > 0))
+    _require(good, "devices", given, "a count, a list of different indices (or '0,2'), -1 or 'auto'")
+    return devices
 
 
 # What an argument that was given as None, or not at all, is.

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
+from trainer.errors import ModuleError
 from trainer.hparams import HyperParameters, build_from_hparams
 from trainer.module import DataHooks
 
@@ -31,7 +32,13 @@ class DataModule(HyperParameters, DataHooks):
 
     trainer: Trainer | None = None
 
-    def __init__(self) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if args or kwargs:
+            raise ModuleError(
+                f"{type(self).__name__}(...) was given {len(args) + len(kwargs)} arguments and takes none. To make one "
+                "from datasets: DataModule.from_datasets(train_dataset, val_dataset, test_dataset, batch_size=..., "
+                "num_workers=...)."
+            )
         super().__init__()
 
     @classmethod

@@ -135,6 +135,8 @@ def main(bucket: str, which: str) -> None:
     proxy = ThreadingHTTPServer(("127.0.0.1", 0), Proxy)
     threading.Thread(target=proxy.serve_forever, daemon=True).start()
     os.environ["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{proxy.server_port}"
+    # By default botocore tries an outage out for a minute, and s3fs that five times.
+    os.environ["AWS_MAX_ATTEMPTS"] = "2"
     background = Background(Alone())
     tried = 0
     if which == "one":

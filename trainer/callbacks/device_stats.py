@@ -53,8 +53,7 @@ class DeviceStatsMonitor(Callback):
         if self._wants_cpu(trainer):
             values |= cpu_stats()
         named = {f"{type(self).__name__}.on_train_batch_end/{name}": value for name, value in values.items()}
-        for logger in trainer.loggers:
-            logger.log_metrics(dict(named), step=step)
+        trainer.reports.log(named, step, epoch=False)
 
 
 def device_stats(device: torch.device) -> dict[str, float]:

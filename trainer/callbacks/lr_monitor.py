@@ -76,8 +76,7 @@ class LearningRateMonitor(Callback):
         if not values:
             return
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
-        for logger in trainer.loggers:
-            logger.log_metrics(dict(values), step=trainer.train_state.logger_step)
+        trainer.reports.log(values, None, epoch=False)
 
     @staticmethod
     def _groups(trainer: Trainer) -> Iterator[tuple[str, dict[str, Any], str | None]]:

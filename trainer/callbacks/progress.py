@@ -375,6 +375,10 @@ class RichScreen(Screen):
             TextColumn(f"[{theme.metrics or 'none'}]{{task.fields[metrics]}}"),
             console=console,
             auto_refresh=False,
+            # In a notebook a kernel flushes stdout before it displays; taken over, that displays, and so on without end
+            # (ipykernel 7.4, rich 15).
+            redirect_stdout=not console.is_jupyter,
+            redirect_stderr=not console.is_jupyter,
         )  # fmt: skip
         self._progress.start()
 

@@ -104,8 +104,7 @@ class ThroughputMonitor(Callback):
         if due:
             self._logged_step = step
             values = self.compute(trainer, pl_module)
-            for logger in trainer.loggers:
-                logger.log_metrics({f"train/{name}": value for name, value in values.items()}, step=step)
+            trainer.reports.log({f"train/{name}": value for name, value in values.items()}, step, epoch=False)
 
     def compute(self, trainer: Trainer, pl_module: Module) -> dict[str, float]:
         """The totals so far and the rates over the window."""
