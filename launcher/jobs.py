@@ -24,7 +24,7 @@ from launcher.options import PARAMETERS
 from launcher.request import parse
 from launcher.spec import Program
 from launcher.standing import look
-from launcher.supervisor import python_command
+from launcher.starting import python_command
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

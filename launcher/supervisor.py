@@ -8,78 +8,34 @@ from __future__ import annotations
 
 import contextlib
 import hmac
-import json
 import os
 import selectors
 import signal
 import socket
 import subprocess
-import sys
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from launcher.channel import Channel, Message, keep_alive, pair
+from launcher.channel import Channel, Message, keep_alive
 from launcher.errors import ClusterError, LaunchError, MeetingError, UsageError
 from launcher.failure import RankExit, render, signal_name
 from launcher.gang import Action, Gang, Outcome, Phase
 from launcher.processes import end_descendants, start_ticks
 from launcher.progress import Progress
 from launcher.runs import write_json
+from launcher.scheduling import StopWatch
+from launcher.starting import spawn_agent, stop_signals
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from launcher.backends.slurm_stop import Stop
     from launcher.runs import RunFolder
-    from launcher.spec import LaunchSpec
+    from launcher.scheduling import Scheduler, Word
 
-__all__ = ["Supervisor", "agent_command", "python_command", "report", "spec_pipe", "stop_signals"]
+__all__ = ["Supervisor", "report"]
 
-_EXPLAINED_WITHIN_S = 1.5
 _SHOWN_EVERY_S = 30.0  # a write to a shared file system
-_ROOT = str(Path(__file__).resolve().parent.parent)
-# The launcher must be found wherever it was installed, and nothing of it may be importable by accident: neither the
-# working directory nor the launcher's own folder may stay on sys.path.
-# (With PYTHONSAFEPATH python -c puts no working directory first, and nothing may be replaced.)
-_BOOTSTRAP = """
-import sys
-sys.path[: not getattr(sys.flags, "safe_path", False)] = [{root!r}]
-from {module} import bootstrap
-del sys.path[0]
-bootstrap()
-"""
-
-
-def python_command(module: str, *words: str) -> list[str]:
-    """A command that runs `bootstrap()` of one of the launcher's own modules in a fresh interpreter."""
-    return [sys.executable, "-c", _BOOTSTRAP.format(root=_ROOT, module=module), *words]
-
-
-def agent_command(*where: str) -> list[str]:
-    return python_command("launcher.agent", *where)
-
-
-class Scheduler(Protocol):
-    """The job that a supervisor works in, as its scheduler knows it."""
-
-    def start_agents(self, port: int, environment: dict[str, str]) -> subprocess.Popen[bytes]:
-        """One agent on every node, each connecting to `port` here; the process ends with the last of them."""
-
-    def stop_now(self, number: int | None) -> Stop | None:
-        """What the scheduler is stopping the job for, after a signal came (`number`) or without one; None: nothing."""
-
-    def stop_at(self, save_s: float | None) -> float | None:
-        """When (seconds since 1970) the ranks are to be told of the time limit, with saves that take `save_s`."""
-
-    @property
-    def orphan_grace_s(self) -> float:
-        """How long the ranks have to leave when the supervisor is killed."""
-
-    @property
-    def heir(self) -> list[str]:
-        """What node 0's agent becomes when the supervisor is killed."""
 
 
 @dataclass
@@ -92,26 +48,6 @@ class _Agent:
     why: str | None = None  # it leaves, as it said itself
     shift_ns: int = 0  # from its monotonic clock to ours: each machine counts from its own start
     hopeless: int | None = None  # exit code if starting it again cannot help
-
-
-def spawn_agent(environment: dict[str, str], *, cwd: str, own_session: bool) -> tuple[Channel, subprocess.Popen[bytes]]:
-    """Start an agent on this machine, connected by a socket pair: no port, no token."""
-    ours, theirs = pair()
-    fd = theirs.sock.fileno()
-    process = subprocess.Popen(
-        agent_command("fd", str(fd)),
-        pass_fds=(fd,),
-        env=environment | {"LAUNCH_STARTER_PID": str(os.getpid())},
-        cwd=cwd,
-        start_new_session=own_session,
-    )
-    theirs.close()
-    return ours, process
-
-
-def stop_signals(spec: LaunchSpec) -> set[signal.Signals]:
-    """The signals that ask for a stop, less those that whoever started us has ignored: `nohup launch ...`."""
-    return {s for name in spec.stop_signals if signal.getsignal(s := signal.Signals[name]) is not signal.SIG_IGN}
 
 
 class Supervisor:
@@ -154,12 +90,9 @@ class Supervisor:
         self.unreachable: set[str] = set()  # hosts that fell silent
         self._scheduler = scheduler
         self._step: subprocess.Popen[bytes] | None = None  # the scheduler's way to the agents
-        self._stop_by: float | None = None  # seconds since 1970, of a stop that is under way
-        self._inquired = 0.0
-        self._live: Progress | None = None  # of rank 0, as it runs
+        self._watch = None if scheduler is None else StopWatch(scheduler, spec)
         self._shown = 0.0
         self._asked_here = False  # this process itself has received a stop signal
-        self._unexplained: float | None = None  # when (monotonic) a SIGTERM without a reason is taken at its word
         self._say = say
         self._local = local
         self._listener = listener
@@ -248,8 +181,8 @@ class Supervisor:
                 self._hear(key.data)
         while self._signals:
             number = self._signals.pop(0)
-            if self._scheduler is not None and number != signal.SIGINT:
-                self._inquire(number)
+            if self._watch is not None and number != signal.SIGINT:
+                self._heed(self._watch.inquire(number))
                 continue
             again, self._asked_here = self._asked_here, True
             if self.gang.stop_cause is not None and not again:
@@ -257,7 +190,12 @@ class Supervisor:
             if again:
                 self._say(f"{signal_name(number)} again: the ranks are killed now")
             self._stop(signal_name(number))
-        self._watch_scheduler()
+        if self._step is not None and self.gang.phase is Phase.MEETING and self._step.poll() is not None:
+            raise ClusterError(
+                f"srun ended with code {self._step.returncode} before all nodes were there; what it said stands above"
+            )
+        if self._watch is not None:
+            self._heed(self._watch.look(running=self.gang.phase is Phase.RUNNING))
         if self.gang.phase is Phase.MEETING and time.monotonic() >= self._meet_by:
             raise MeetingError(
                 f"node{'s' if len(self.gang.missing) > 1 else ''} {', '.join(map(str, self.gang.missing))} of "
@@ -270,14 +208,14 @@ class Supervisor:
         due = []
         if self.gang.phase is Phase.MEETING:
             due.append(self._meet_by - time.monotonic())
-        if (at := self._warning()) is not None:
-            due.append(at - time.time())
-        if self._unexplained is not None:
-            due.append(self._unexplained - time.monotonic())
+        if self._watch is not None and (wait_s := self._watch.wait_s()) is not None:
+            due.append(wait_s)
         # epoll counts milliseconds in 32 bits, and a job without a time limit may end in a year.
         return min(max(0.0, min(due)), 3600.0) if due else None
 
     def _stop(self, cause: str, grace_s: float | None = None) -> None:
+        if self._watch is not None:
+            self._watch.stopping = True
         if self.gang.stop_cause is None and self.gang.phase in (Phase.RUNNING, Phase.STOPPING):
             seconds = self.run.spec.grace if grace_s is None else grace_s
             self.run.write_stop(self.gang.attempt, cause, time.time() + seconds)
@@ -293,73 +231,31 @@ class Supervisor:
             environment = self._child_environment | {"LAUNCH_TOKEN": self._token}
             self._step = self._scheduler.start_agents(self._listener.getsockname()[1], environment)
 
-    def _watch_scheduler(self) -> None:
-        """What comes from the scheduler without a signal: the end of its step, and the time limit."""
-        if self._step is not None and self.gang.phase is Phase.MEETING and self._step.poll() is not None:
-            raise ClusterError(
-                f"srun ended with code {self._step.returncode} before all nodes were there; what it said stands above"
-            )
-        at = self._warning()
-        if at is not None and time.time() >= at:
-            self._inquire(None)
-        if self._unexplained is not None and time.monotonic() >= self._unexplained:
-            self._explain()
+    def _heed(self, word: Word | None) -> None:
+        """Tell the ranks what the scheduler wants, if it wants anything new."""
+        if word is None:
+            return
+        if not word.sooner:
+            self._stop(word.cause, word.grace_s)
+            return
+        self.run.event("stop", cause=word.cause, attempt=self.gang.attempt)
+        self._say(f"{word.cause}: less time is left")
+        self._do(self.gang.sooner(word.cause, word.grace_s))
 
-    def _warning(self) -> float | None:
-        if self._scheduler is None or self.gang.stop_cause is not None:
-            return None
-        return self._scheduler.stop_at(None if self._live is None else self._live.save_s)
+    def _stopped_by_scheduler(self) -> bool:
+        """Whether what went wrong just now is the scheduler's doing, which this process may not have heard of yet."""
+        if self._watch is None:
+            return False
+        self._heed(self._watch.inquire())
+        return self._watch.stopping
 
     def _at_step(self, progress: Progress) -> None:
         """Rank 0 is so far: what people see of a run that runs, and what the time before its limit is learned from."""
-        self._live = progress
+        if self._watch is not None:
+            self._watch.save_s = progress.save_s
         if time.monotonic() - self._shown >= _SHOWN_EVERY_S:
             self._shown = time.monotonic()
             self.run.set_state(progress=progress.to_json())
-
-    def _explain(self) -> None:
-        """Decide on a SIGTERM that nothing explained so far."""
-        self._unexplained = None
-        if self.gang.phase is Phase.RUNNING:
-            self._inquire(signal.SIGTERM, last=True)
-
-    def _inquire(self, number: int | None, *, last: bool = False) -> bool:
-        """Find out why the job is stopped, if it is, and tell the ranks; returns whether it is.
-
-        Slurm signals every process on every node, and each agent passes its own on.
-        """
-        if self._scheduler is None or (self.gang.stop_cause is not None and time.monotonic() - self._inquired < 1):
-            return self.gang.stop_cause is not None
-        stop = self._scheduler.stop_now(number)
-        self._inquired = time.monotonic()
-        if stop is None:
-            return False
-        if number == signal.SIGTERM and stop.cause in ("signalled", "unknown") and not last:
-            # The signal may be faster than the controller's record of why; and srun sends it to the other agents when
-            # one of them is gone, which is about to be heard. Whom it was meant for has it already.
-            if self._unexplained is None and self.gang.stop_cause is None:
-                self._unexplained = time.monotonic() + _EXPLAINED_WITHIN_S
-            return False
-        self._unexplained = None
-        if self.gang.stop_cause is None:
-            self._stop_by = stop.deadline
-            unnamed = stop.cause in ("signalled", "unknown")
-            self._stop(signal_name(number or 0) if unnamed else stop.cause, self._grace(stop.deadline))
-        elif stop.deadline is not None and (self._stop_by is None or stop.deadline < self._stop_by - 1):
-            self._stop_by = stop.deadline
-            self.run.event("stop", cause=stop.cause, attempt=self.gang.attempt)
-            self._say(f"{stop.cause}: less time is left")
-            self._do(self.gang.sooner(stop.cause, self._grace(stop.deadline)))
-        return True
-
-    def _grace(self, deadline: float | None) -> float:
-        """Seconds for the ranks before a deadline, after which there is still time to record it and to requeue."""
-        given = self.run.spec.grace_s
-        if deadline is None:
-            return self.run.spec.grace
-        left = max(0.0, deadline - time.time())
-        left -= min(2.0, left / 4)
-        return left if given is None else min(left, given)
 
     # -------------------------------------------------------------------------------------------- agents
 
@@ -403,7 +299,7 @@ class Supervisor:
             self._do(self.gang.store_ready(message["attempt"], message["store"]["addr"], message["store"]["port"]))
         elif "exited" in message:
             ended = RankExit.from_json(message["exited"]).on_clock(agent.shift_ns)
-            if ended.failed and self.gang.phase is Phase.RUNNING and self._inquire(None):
+            if ended.failed and self.gang.phase is Phase.RUNNING and self._stopped_by_scheduler():
                 ended = replace(ended, asked=True)  # of the scheduler's signal, which came before our own word
             progress = None if message["progress"] is None else Progress(**message["progress"])
             if message["attempt"] == self.gang.attempt and progress is not None:
@@ -412,11 +308,11 @@ class Supervisor:
         elif "progress" in message:
             self._at_step(Progress(**message["progress"]))
         elif "drained" in message:
-            if self._unexplained is not None:
-                self._explain()  # the ranks died of it
+            if self._watch is not None:  # the ranks may have died of it
+                self._heed(self._watch.explain(running=self.gang.phase is Phase.RUNNING))
             self._do(self.gang.node_drained(agent.index, message["attempt"]))
-        elif "signalled" in message and self._scheduler is not None:
-            self._inquire(message["signalled"])
+        elif "signalled" in message and self._watch is not None:
+            self._heed(self._watch.inquire(message["signalled"]))
         elif "signalled" in message and self.gang.stop_cause is None:
             # Once: whoever signals every process of a node or of a job means one stop.
             self._stop(f"{signal_name(message['signalled'])} to the agent of node {agent.index}")
@@ -496,7 +392,7 @@ class Supervisor:
                 raise LaunchError(f"an agent on this machine ended before it began: {how}")
             return
         if self.gang.phase is Phase.RUNNING:
-            self._inquire(None)
+            self._stopped_by_scheduler()
         self._do(self.gang.node_gone(agent.index, how, hopeless=agent.hopeless))
 
     # -------------------------------------------------------------------------------------------- actions
@@ -630,11 +526,3 @@ def report(outcome: Outcome, run: RunFolder) -> str:
     if outcome.root is not None:
         return render(outcome.root, run.spec.world_size)
     return f"{outcome.cause}\n\nlogs: {run.path / 'logs'}"
-
-
-def spec_pipe(data: dict[str, Any]) -> int:
-    """A descriptor from which an agent reads its node's own spec."""
-    read, write = os.pipe()
-    with open(write, "w") as file:
-        json.dump(data, file)
-    return read

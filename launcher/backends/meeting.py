@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from launcher.errors import UsageError
 from launcher.processes import become_subreaper, end_descendants
-from launcher.supervisor import Supervisor, agent_command, spec_pipe, stop_signals
+from launcher.starting import agent_command, spec_pipe, stop_signals
+from launcher.supervisor import Supervisor
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -29,7 +29,8 @@ from launcher.errors import ClusterError, LaunchError, MeetingError
 from launcher.gang import Outcome
 from launcher.processes import become_subreaper
 from launcher.runs import RunFolder
-from launcher.supervisor import Supervisor, agent_command, python_command, report
+from launcher.starting import agent_command, python_command
+from launcher.supervisor import Supervisor, report
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
