@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 __all__ = ["DDP", "FSDP", "Parallel", "Single", "make_parallel"]
 
 _STEPS = ("training_step", "validation_step", "test_step", "predict_step")
+# What DDP calls the sharing of buffers: until torch 2.14, and from 2.15 on, which warns of the other.
+_BUFFERS = {"broadcast_buffers", "forward_sync_buffers"}
 
 
 class Parallel:
@@ -100,8 +102,8 @@ class Parallel:
         """Load what `optimizer_state` returned, of this or another way of running."""
         optimizer.load_state_dict(_numbered(state, self.module, optimizer))
 
-    def _broadcast(self, tensors: Callable[[], Iterable[Tensor]]) -> None:
-        group = dist.distributed_c10d._get_default_group()
+    def _broadcast(self, tensors: Callable[[], Iterable[Tensor]], group: dist.ProcessGroup | None = None) -> None:
+        group = group or dist.distributed_c10d._get_default_group()
         found = list(tensors())
         for dtype in dict.fromkeys(t.dtype for t in found):  # in one order on all ranks, unlike a set
             same = [t for t in found if t.dtype == dtype]
@@ -143,7 +145,9 @@ class _Step(nn.Module):
         self.inner: Module
         object.__setattr__(self, "inner", module)
         self._names = names
-        self._ddp_params_and_buffers_to_ignore = getattr(module, "_ddp_params_and_buffers_to_ignore", [])
+        # Buffers are ours to share, after a step instead of before the next one.
+        buffers = [name for name, _ in module.named_buffers()]
+        self._ddp_params_and_buffers_to_ignore = [*_ignored(module), *buffers]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.inner.training_step(*args, **kwargs)
@@ -152,7 +156,6 @@ class _Step(nn.Module):
         return self.inner.named_parameters(*args, **kwargs)
 
     def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Tensor]]:
-        # Asked anew before every exchange: a module may have replaced a buffer.
         return self.inner.named_buffers(*args, **kwargs)
 
     def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:  # noqa: ARG002
@@ -170,10 +173,12 @@ class _Step(nn.Module):
 class DDP(Parallel):
     """Replicas that average their gradients.
 
-    options: DistributedDataParallel's keyword arguments. The gradient buckets are laid out once, before the first
-    step: DDP else rebuilds them after the first backward, in the order in which gradients arrived, so that a resumed
-    process would sum in another order than one that went on (2 ranks come out equal, 3 and 4 do not; measured on
-    torch 2.14 and 2.15).
+    options: DistributedDataParallel's keyword arguments, of whatever torch. Buffers become rank 0's after each step, in
+    place of before the next forward, so that validation and checkpoints see what a resumed run has; none do with
+    broadcast_buffers=False, and at the start alone with forward_sync_buffers=False. The gradient buckets are laid out
+    once, before the first step: DDP else rebuilds them after the first backward, in the order in which gradients
+    arrived, so that a resumed process would sum in another order than one that went on (2 ranks come out equal, 3 and 4
+    do not; measured on torch 2.14 and 2.15).
 
     In manual optimization a backward may reach a part of the parameters only (a GAN's generator or discriminator), so
     there find_unused_parameters is on unless it is given.
@@ -183,10 +188,12 @@ class DDP(Parallel):
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
-        known = inspect.signature(nn.parallel.DistributedDataParallel.__init__).parameters
-        unknown = sorted(set(options) - set(known) | set(options) & {"self", "module", "device_ids", "output_device"})
+        known = {*inspect.signature(nn.parallel.DistributedDataParallel.__init__).parameters, *_BUFFERS}
+        unknown = sorted(set(options) - known | set(options) & {"self", "module", "device_ids", "output_device"})
         if unknown:
             raise ConfigError(f"DDP({unknown[0]}=...) is not an option of DistributedDataParallel that can be given.")
+        if set(options) >= _BUFFERS:
+            raise ConfigError("DDP(broadcast_buffers=..., forward_sync_buffers=...): give one of them.")
         self.options = options
         self._ddp: nn.parallel.DistributedDataParallel | None = None
         self._accumulating = False
@@ -207,12 +214,16 @@ class DDP(Parallel):
         # DDP turns the buckets that it makes at first around, and takes those that are rebuilt as they come.
         step = _Step(module, names[::-1] if rebuilds else names)
         ids = [self.world.device] if self.world.device.type == "cuda" else None
-        # DDP would make buffers alike before a step. They must be so after it, when validation, averages and
-        # checkpoints look at them: a resumed rank has rank 0's.
-        if options.get("broadcast_buffers", True) and next(module.buffers(), None) is not None:
-            self.share_buffers = partial(self._broadcast, self._shared_buffers)
-        options = options | {"broadcast_buffers": False}
-        ddp = nn.parallel.DistributedDataParallel(step, device_ids=ids, **options)
+        others = {name: value for name, value in options.items() if name not in _BUFFERS}
+        ddp = nn.parallel.DistributedDataParallel(step, device_ids=ids, **others)
+        if next(module.buffers(), None) is not None:
+            share = partial(self._broadcast, self._shared_buffers, ddp.process_group)
+            if options.get("init_sync", True) and options.get("broadcast_buffers", True):
+                share()
+            # DDP would make buffers alike before a step. They must be so after it, when validation, averages and
+            # checkpoints look at them: a resumed rank has rank 0's.
+            if all(options.get(name, True) for name in _BUFFERS):
+                self.share_buffers = share
         if rebuilds:
             # What DDP itself calls when a rank without data joins in: the layout follows the list, for good.
             ddp.reducer._push_all_rebuilt_params()
@@ -229,7 +240,7 @@ class DDP(Parallel):
 
     def _shared_buffers(self) -> list[Tensor]:
         # Asked anew each time: a module may have replaced one.
-        ignored = getattr(self.module, "_ddp_params_and_buffers_to_ignore", [])
+        ignored = _ignored(self.module)
         return [buffer for name, buffer in self.module.named_buffers() if name not in ignored]
 
     def _manual_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -239,7 +250,7 @@ class DDP(Parallel):
         try:
             return self._ddp(*args, **kwargs)
         finally:
-            self._ddp.require_backward_grad_sync = self._ddp.require_forward_param_sync = True
+            self._ddp.require_backward_grad_sync = True
 
     def prepare_backward(self, loss: Tensor) -> None:
         if self._ddp is not None and not self._accumulating:
@@ -260,6 +271,11 @@ class DDP(Parallel):
             # The graph is learnt in a backward that exchanges gradients: without one torch's reducer asserts (2.15).
             return nullcontext()
         return self._ddp.no_sync() if self.step is self._ddp else self._manual_no_sync()
+
+
+def _ignored(module: nn.Module) -> list[str]:
+    """Names of parameters and buffers that are not to be exchanged: what DDP calls so."""
+    return list(getattr(module, "_ddp_params_and_buffers_to_ignore", []))
 
 
 def _trained(module: nn.Module) -> list[bool]:

@@ -7,6 +7,7 @@ import hashlib
 import io
 import pickle
 import sys
+import warnings
 from functools import partial
 
 import torch
@@ -86,7 +87,7 @@ def batch(step):
     return torch.randn(6, 8, generator=torch.Generator().manual_seed(100 * step + dist.get_rank()))
 
 
-def train(module, optimizer, step, steps, accumulate=None):
+def train(module, optimizer, step, steps, accumulate=None, share_buffers=None):
     for index in steps:
         optimizer.zero_grad()
         if accumulate is not None:
@@ -94,6 +95,8 @@ def train(module, optimizer, step, steps, accumulate=None):
                 step(batch(1000 + index), 0).backward()
         step(batch(index), 0).backward()
         optimizer.step()
+        if share_buffers is not None:
+            share_buffers()
 
 
 def fresh(seed, world, strategy="ddp", **kwargs):
@@ -115,25 +118,18 @@ def resumes_exactly(world):
                 torch.save((module.state_dict(), optimizer.state_dict()), buffer)
                 saved[index] = buffer.getvalue()
                 # static_graph knows no steps of several backwards
-                train(
-                    module, optimizer, parallel.step, [index], None if "static_graph" in options else parallel.no_sync
-                )
+                accumulate = None if "static_graph" in options else parallel.no_sync
+                train(module, optimizer, parallel.step, [index], accumulate, parallel.share_buffers)
             whole = digest(module)
-            # (Running statistics are rank 0's at the start of a forward only, as in DDP.)
-            assert norm or len(set(world.gather(whole))) == 1, options
+            assert len(set(world.gather(whole))) == 1, options
             for stop in (1, 3):
                 # Other weights, until those of rank 0 are loaded.
                 module, parallel, optimizer = fresh(50 + world.rank, world, DDP(**options), norm=norm)
                 state, optimizer_state = torch.load(io.BytesIO(saved[stop]))
                 parallel.load_module_state(state)
                 parallel.load_optimizer_state(optimizer, optimizer_state)
-                train(
-                    module,
-                    optimizer,
-                    parallel.step,
-                    range(stop, 5),
-                    None if "static_graph" in options else parallel.no_sync,
-                )
+                accumulate = None if "static_graph" in options else parallel.no_sync
+                train(module, optimizer, parallel.step, range(stop, 5), accumulate, parallel.share_buffers)
                 assert digest(module) == whole, (options, norm, stop)
 
 
@@ -157,12 +153,19 @@ def sends_what_ddp_sends(world):
         def hand(value, index, plain=plain):
             return plain(value).square().mean()
 
+        share = parallel.share_buffers
+        assert (share is not None) == norm
         for index in range(2):
             train(plain, theirs, hand, [index])
-            train(module, optimizer, parallel.step, [index])
-        expected, _ = collectives(partial(train, plain, theirs, hand, [2]))
-        sent, marks = collectives(partial(train, module, optimizer, parallel.step, [2]))
-        assert sent == expected, f"ours {sent}\nDDP's {expected}"
+            train(module, optimizer, parallel.step, [index], share_buffers=share)
+        for theirs_quiet, ours_quiet in ((None, None), (plain.no_sync, parallel.no_sync)):
+            expected, _ = collectives(partial(train, plain, theirs, hand, [2], theirs_quiet))
+            sent, _ = collectives(partial(train, module, optimizer, parallel.step, [2], ours_quiet, share))
+            # Ours are the same; buffers go after the step instead of before the next forward.
+            buffers = [event for event in expected if "broadcast" in event[0]]
+            assert bool(buffers) == norm
+            assert sent == expected[len(buffers) :] + buffers, f"ours {sent}\nDDP's {expected}"
+        _, marks = collectives(partial(train, module, optimizer, parallel.step, [2]))
         reductions = [i for i, name in enumerate(marks) if name.startswith("c10d::all")]
         # The first bucket leaves while most layers are still to come, and so on to the last.
         assert len(reductions) == 3, marks
@@ -185,6 +188,7 @@ def odd_modules(world):
     for _ in range(3):
         module.zero_grad()
         parallel.step(ids, 0).backward()
+        parallel.share_buffers()
     assert module.unused.weight.grad is None
     assert module.frozen.weight.grad is None
     assert module.embed.weight is module.head.weight
@@ -196,8 +200,8 @@ def odd_modules(world):
         expected = theirs.weight.grad.to_dense().clone()
         dist.all_reduce(expected)
         torch.testing.assert_close(ours.weight.grad.to_dense(), expected / world.size)
-    # Rank 0's buffer is everybody's at the start of each forward: 3 steps of rank 0's, the last of which is one's own.
-    assert module.seen.item() == 3 + world.rank, module.seen
+    # Rank 0's buffer is everybody's after each step.
+    assert module.seen.item() == 3, module.seen
     # Nothing of ours stays behind in the module.
     assert not [k for k in (*module.state_dict(), *dict(module.named_modules())) if "/" in k or "inner" in k]
     again = pickle.loads(pickle.dumps(copy.deepcopy(module)))
@@ -205,6 +209,19 @@ def odd_modules(world):
     parallel = None
     module.zero_grad()
     module.training_step(ids, 0).backward()  # and its gradients are its own again
+
+
+def buffers_that_stay(world):
+    """By both names that torch has for it, without a warning of torch's."""
+    for options, initial in (({"broadcast_buffers": False}, world.rank), ({"forward_sync_buffers": False}, 0)):
+        module = Tied()
+        module.seen += world.rank
+        parallel = make_parallel(DDP(find_unused_parameters=True, **options), world)
+        parallel.wrap(module)
+        assert parallel.share_buffers is None
+        assert module.seen.item() == initial
+        parallel.step(torch.tensor([1]), 0).backward()
+        assert module.seen.item() == initial + 1 + world.rank
 
 
 def frozen_altogether(world):
@@ -258,9 +275,13 @@ def manual(world):
 
 
 if __name__ == "__main__":
+    warnings.simplefilter("error", FutureWarning)
     with connect() as world:
         assert world.size > 1
-        for check in (resumes_exactly, sends_what_ddp_sends, odd_modules, frozen_altogether, second_wrap, manual):
+        for check in (
+            resumes_exactly, sends_what_ddp_sends, odd_modules, buffers_that_stay, frozen_altogether, second_wrap,
+            manual,
+        ):  # fmt: skip
             if len(sys.argv) == 1 or check.__name__ in sys.argv[1:]:
                 check(world)
         if world.is_global_zero:

@@ -73,6 +73,8 @@ def test_options_that_are_none():
         DDP(buckets=3)
     with pytest.raises(ConfigError, match=r"DDP\(device_ids=...\)"):
         DDP(device_ids=[0])
+    with pytest.raises(ConfigError, match="give one of them"):
+        DDP(broadcast_buffers=True, forward_sync_buffers=False)
     with pytest.raises(ConfigError, match=r"replicas=0"):
         FSDP(replicas=0)
 
