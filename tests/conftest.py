@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING
 import psutil
 import pytest
 
+from tests.forks import Fork, Forks
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -166,24 +168,19 @@ def free_port() -> int:
 
 
 class Gang:
-    """Starts real gloo ranks as plain subprocesses, without our launcher."""
+    """Starts real gloo ranks without our launcher. Even and odd ranks hash strings differently, as anywhere else."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, forks: list[Forks]) -> None:
         self.folder = folder
+        self.forks = forks
         self.count = 0
 
     def __call__(
-        self,
-        n: int,
-        program: str | Path,
-        *args: str,
-        env: dict[str, str] | None = None,
-        timeout: float = 60,
-        python: str = sys.executable,
+        self, n: int, program: str | Path, *args: str, env: dict[str, str] | None = None, timeout: float = 60
     ) -> list[RankResult]:
         path = Path(program) if Path(program).is_absolute() else PROGRAMS / program
         port, self.count = free_port(), self.count + 1
-        ranks = []
+        ranks: list[tuple[Fork, list[Path]]] = []
         try:
             for rank in range(n):
                 variables = os.environ | {
@@ -192,11 +189,11 @@ class Gang:
                     "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO),
                     "PYTHONFAULTHANDLER": "1",  # a rank that aborts says where
                 } | (env or {})  # fmt: skip
-                streams = [open(self.folder / f"gang{self.count}-{rank}.{kind}", "w+") for kind in ("out", "err")]
-                ranks.append(
-                    (subprocess.Popen([python, str(path), *args], env=variables, stdout=streams[0], stderr=streams[1],
-                                      start_new_session=True), streams)
-                )  # fmt: skip
+                streams = [self.folder / f"gang{self.count}-{rank}.{kind}" for kind in ("out", "err")]
+                for stream in streams:
+                    stream.touch()
+                forks = self.forks[rank % len(self.forks)]
+                ranks.append((forks.start([str(path), *args], variables, *streams), streams))
             deadline = time.monotonic() + timeout
             for rank, (process, _) in enumerate(ranks):
                 try:
@@ -204,41 +201,41 @@ class Gang:
                 except subprocess.TimeoutExpired:
                     outputs = "\n".join(self._tail(r, s) for r, (_, s) in enumerate(ranks))
                     pytest.fail(f"rank {rank} of {path.name} still runs after {timeout} s\n{outputs}")
-            results = []
-            for rank, (process, streams) in enumerate(ranks):
-                texts = []
-                for stream in streams:
-                    stream.seek(0)
-                    texts.append(stream.read())
-                results.append(RankResult(rank, process.returncode, *texts))
-            return results
+            return [
+                RankResult(rank, process.wait(), *(stream.read_text() for stream in streams))
+                for rank, (process, streams) in enumerate(ranks)
+            ]
         finally:
-            for process, streams in ranks:
+            for process, _ in ranks:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-                for stream in streams:
-                    stream.close()
 
-    def ok(self, n: int, program: str | Path, *args: str, env: dict[str, str] | None = None, timeout: float = 60,
-           python: str = sys.executable) -> list[RankResult]:  # fmt: skip
+    def ok(
+        self, n: int, program: str | Path, *args: str, env: dict[str, str] | None = None, timeout: float = 60
+    ) -> list[RankResult]:
         """The same, and every rank must exit 0."""
-        results = self(n, program, *args, env=env, timeout=timeout, python=python)
+        results = self(n, program, *args, env=env, timeout=timeout)
         bad = [r for r in results if r.returncode]
         if bad:
             pytest.fail("\n".join(f"rank {r.rank} exited {r.returncode}\n{r.stdout}\n{r.stderr}" for r in bad))
         return results
 
     @staticmethod
-    def _tail(rank: int, streams: list) -> str:
-        texts = []
-        for stream in streams:
-            stream.flush()
-            texts.append(Path(stream.name).read_text()[-2000:])
-        return f"--- rank {rank}\n" + "\n".join(texts)
+    def _tail(rank: int, streams: list[Path]) -> str:
+        return f"--- rank {rank}\n" + "\n".join(stream.read_text()[-2000:] for stream in streams)
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[list[Forks]]:
+    """Processes that have imported torch, to be forked."""
+    both = [Forks(), Forks()]
+    yield both
+    for one in both:
+        one.close()
 
 
 @pytest.fixture
-def gang(tmp_path: Path) -> Gang:
+def gang(tmp_path: Path, forks: list[Forks]) -> Gang:
     """Start real gloo ranks: `gang.ok(2, "program.py", "--flag")`."""
-    return Gang(tmp_path)
+    return Gang(tmp_path, forks)
