@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import random
 import subprocess
 import sys
@@ -12,23 +11,14 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
+
+from tests.soak.table import keep
 
 REPO = Path(__file__).resolve().parents[2]
 JOB = REPO / "tests" / "programs" / "soak_job.py"
-TABLE = REPO / "benchmarks" / "results" / "soak.jsonl"
 # How many of each kind there are in one run, and in an attempt the most that can be counted of each place.
 KILLS = STOPS = 9
 PLACES = {"train": 5, "validation": 3, "save": 2, "epoch_end": 1}
-
-
-def keep(**row: object) -> None:
-    """Add a line to the table of the large counts."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=REPO)
-    where = f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}"
-    TABLE.parent.mkdir(exist_ok=True)
-    with open(TABLE, "a") as table:
-        table.write(json.dumps(row | {"commit": commit.stdout.strip(), "machine": where}) + "\n")
 
 
 def hurts(ranks: int, seed: int) -> list[list]:
@@ -73,7 +63,7 @@ def test_random_kills_and_stops(ranks, workers, tmp_path):
     hurt = run(tmp_path / "hurt", ranks, **variables, HURT=json.dumps(hurts(ranks, seed)))
     result = {name: whole[name] == hurt[name] for name in ("weights", "optimizer", "rows", "place")}
     kills = hurt["attempts"] - 1 - hurt["stops"]
-    keep(what="kills and stops", ranks=ranks, workers=workers, seed=seed, kills=kills, stops=hurt["stops"],
-         equal=all(result.values()), seconds=round(time.monotonic() - began))  # fmt: skip
     assert all(result.values()), result
     assert kills + hurt["stops"] >= (KILLS + STOPS) // 2
+    keep("exact resume", f"{ranks} ranks, {workers} loader workers", time.monotonic() - began,
+         kills=kills, clean_stops=hurt["stops"], seed=seed)  # fmt: skip

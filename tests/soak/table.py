@@ -1,0 +1,39 @@
+"""The table of the large counts, `benchmarks/results/soak.md`: one row per suite and case, the newest run's."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import platform
+import subprocess
+import time
+from pathlib import Path
+
+import torch
+
+REPO = Path(__file__).resolve().parents[2]
+TABLE = REPO / "benchmarks" / "results" / "soak.md"
+_HEAD = """# Large counts
+
+Written by `make soak`, one row per suite and case; each row is of the newest run that came to its end without a failure.
+
+| suite | case | counted | seconds | when | commit | machine |
+| --- | --- | --- | ---: | --- | --- | --- |
+"""
+
+
+def keep(suite: str, case: str, seconds: float, **counted: object) -> None:
+    """Write a row in the place of the one with the same suite and case. To be called when all has held."""
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=REPO)
+    machine = f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}"
+    figures = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in counted.items())
+    cells = [suite, case, figures, f"{seconds:.0f}", time.strftime("%Y-%m-%d"), commit.stdout.strip(), machine]
+    row = f"| {' | '.join(cells)} |"
+    TABLE.parent.mkdir(exist_ok=True)
+    with open(TABLE, "a+") as table:
+        fcntl.flock(table, fcntl.LOCK_EX)  # several workers of pytest may come at once
+        table.seek(0)
+        rows = table.read().removeprefix(_HEAD).splitlines()
+        others = [line for line in rows if not line.startswith(f"| {suite} | {case} |")]
+        table.truncate(0)
+        table.write(_HEAD + "\n".join(sorted([*others, row])) + "\n")
