@@ -15,7 +15,7 @@ REPO = Path(__file__).resolve().parents[2]
 TABLE = REPO / "benchmarks" / "results" / "soak.md"
 _HEAD = """# Large counts
 
-Written by `make soak`, one row per suite and case; each row is of the newest run that came to its end without a failure.
+Written by `make soak`, one row per suite and case: that of the newest run without a failure.
 
 | suite | case | counted | seconds | when | commit | machine |
 | --- | --- | --- | ---: | --- | --- | --- |
