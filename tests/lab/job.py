@@ -95,10 +95,23 @@ class Job:
     def wait_step(self, step: int, attempt: int = 0) -> None:
         self.wait(lambda: self.step(attempt) >= step, f"step {step} of attempt {attempt}")
 
+    def lift_hold(self) -> None:
+        """Let a requeued job start now, as a launch that follows it does."""
+        if self.state.get("goes_on") and self.lab.job(self.id).get("Reason") == "BeginTime":
+            self.lab.try_run("scontrol", "update", f"JobId={self.id}", "StartTime=now")
+
+    def wait_attempts(self, number: int, timeout: float = 90) -> None:
+        """Until so many attempts have begun, none of which Slurm holds back."""
+        self.wait(lambda: self.lift_hold() or len(self.of("attempt")) >= number, f"attempt {number - 1}", timeout)
+
     def wait_over(self, timeout: float = 120) -> dict[str, Any]:
         """Until nothing more will come of it; its state."""
         over = ("finished", "failed", "stopped")
-        self.wait(lambda: self.state.get("status") in over and self.state["goes_on"] is False, "its end", timeout)
+        self.wait(
+            lambda: self.lift_hold() or (self.state.get("status") in over and self.state["goes_on"] is False),
+            "its end",
+            timeout,
+        )
         wait_for(lambda: self.id not in self.lab.queue(), 60, f"Slurm to have done with job {self.id}")
         return self.state
 
