@@ -176,7 +176,8 @@ class Launch:
     ) -> Launched:
         """`shell`: a command that a shell runs first, in the same process."""
         mark = uuid.uuid4().hex
-        environment = {k: v for k, v in os.environ.items() if k not in unset} | {_MARK: mark} | (env or {})
+        environment = {k: v for k, v in os.environ.items() if k not in unset} | {_MARK: mark}
+        environment |= {"XDG_STATE_HOME": str(self.cwd.parent / "state")} | (env or {})  # a test lists its own runs
         before = [] if shell is None else ["sh", "-c", f'{shell}; exec "$@"', "sh"]
         count = len(self._started)
         out, err = (self.cwd.parent / f"launch-{count}.{kind}" for kind in ("out", "err"))

@@ -58,7 +58,9 @@ def tree(launch, programs: Path) -> Path:
     return here
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.soak if kind in ("link", "folder") else []) for kind in KINDS]
+)
 def test_a_forked_rank_sees_what_a_fresh_interpreter_sees(launch, tree: Path, tmp_path: Path, kind: str) -> None:
     heavy = kind == "script"
     args = [
@@ -130,7 +132,7 @@ def test_what_the_environment_holds(launch, programs: Path, tmp_path: Path) -> N
     for how, probe in found.items():
         environment = probe["own"]["environment"]
         new = {k: v for k, v in environment.items() if os.environ.get(k) != v or k == "PYTHONUNBUFFERED"}
-        for name in ("PROBE", "MUSTER_TEST_LAUNCH", "LC_CTYPE", *varies):
+        for name in ("PROBE", "MUSTER_TEST_LAUNCH", "XDG_STATE_HOME", "LC_CTYPE", *varies):
             new.pop(name, None)
         if how == "--no-preload":
             assert new.pop("PYTHONUNBUFFERED") == "1"

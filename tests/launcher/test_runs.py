@@ -141,4 +141,4 @@ def test_stop_resume_finish(launch, programs) -> None:
     missing = launch("resume", "yours")
     assert missing.returncode == 2
     assert "there is no run 'yours'" in missing.stderr
-    assert "runs here: mine" in missing.stderr
+    assert "the latest are mine;" in missing.stderr

@@ -15,8 +15,7 @@ LIGHT = ("--procs", "2", "--no-preload", "--show-ranks", "all")
 
 @pytest.mark.parametrize(
     ("how", "number", "code"),
-    [("leave75", signal.SIGTERM, 75), ("leave75", signal.SIGINT, 75), ("leave0", signal.SIGTERM, 0),
-     ("default", signal.SIGTERM, 143)],
+    [("leave75", signal.SIGINT, 75), ("leave0", signal.SIGTERM, 0), ("default", signal.SIGTERM, 143)],
 )  # fmt: skip
 def test_the_ranks_answer_to_a_stop_is_what_launch_exits_with(
     launch, programs: Path, how: str, number: int, code: int

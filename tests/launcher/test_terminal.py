@@ -73,30 +73,15 @@ class Terminal:
 
 
 @pytest.mark.parametrize("how", [["--preload", "json"], ["--no-preload"]], ids=["forked", "plain"])
-def test_the_debugger_and_stdin_work(tmp_path: Path, how: list[str]) -> None:
+def test_the_debugger_stdin_and_ctrl_c_are_the_programs(tmp_path: Path, how: list[str]) -> None:
+    """The first Ctrl-C is caught and the program goes on; the second ends it, and launch dies of it as python would."""
     (tmp_path / "job.py").write_text(
-        "import os, sys\n"
+        "import os, signal, sys, time\n"
         "secret = 6 * 7\n"
         "breakpoint()\n"
         "answer = input('your name? ')\n"
         "print('hello', answer, os.isatty(0), sys.stdout.isatty(), os.getsid(0) == os.getsid(os.getppid()))\n"
-    )
-    with Terminal([COMMAND, "--procs", "1", *how, "job.py"], tmp_path) as terminal:
-        terminal.says(rb"\(Pdb\) ")
-        terminal.types(b"p secret + 1\n")
-        terminal.says(rb"\r\n43\r\n")
-        terminal.types(b"c\n")
-        terminal.says(rb"your name\? ")
-        terminal.types(b"ada\n")
-        assert terminal.ends() == 0
-        assert b"hello ada True True True" in terminal.output
-
-
-@pytest.mark.parametrize("how", [["--preload", "json"], ["--no-preload"]], ids=["forked", "plain"])
-def test_ctrl_c_is_the_programs(tmp_path: Path, how: list[str]) -> None:
-    """The first is caught by the program and it goes on; the second ends it, and launch dies of it as python would."""
-    (tmp_path / "job.py").write_text(
-        "import time\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # the debugger has put its own there
         "for turn in range(2):\n"
         "    try:\n"
         "        print('waiting', turn, flush=True)\n"
@@ -106,7 +91,14 @@ def test_ctrl_c_is_the_programs(tmp_path: Path, how: list[str]) -> None:
         "        if turn: raise\n"
     )
     with Terminal([COMMAND, "--procs", "1", *how, "job.py"], tmp_path) as terminal:
+        terminal.says(rb"\(Pdb\) ")
+        terminal.types(b"p secret + 1\n")
+        terminal.says(rb"\r\n43\r\n")
+        terminal.types(b"c\n")
+        terminal.says(rb"your name\? ")
+        terminal.types(b"ada\n")
         terminal.says(rb"waiting 0")
+        assert b"hello ada True True True" in terminal.output
         terminal.types(b"\x03")
         terminal.says(rb"waiting 1")
         terminal.types(b"\x03")
