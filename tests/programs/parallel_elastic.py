@@ -1,7 +1,13 @@
-"""Stops in the middle of an epoch, or goes on from there on another number of ranks; prints the ids that it saw."""
+"""Stops in the middle of an epoch, or goes on from there on another number of ranks; prints the ids that it saw.
+
+argv: "stop", the optimizer step (without such a step it ends), where to save, and what to go on from, if anything; or
+"end" and what to go on from.
+Environment: SIZE of the dataset (53), BATCH (2), EPOCHS (1). An id of epoch e is printed as 1000 * e more.
+"""
 
 from __future__ import annotations
 
+import os
 import sys
 
 import torch
@@ -10,6 +16,8 @@ from torchmetrics import SumMetric
 
 from trainer import Module, Trainer
 from trainer.callbacks import Callback
+
+SIZE, BATCH, EPOCHS = (int(os.environ.get(n, d)) for n, d in (("SIZE", "53"), ("BATCH", "2"), ("EPOCHS", "1")))
 
 
 class Net(Module):
@@ -21,7 +29,7 @@ class Net(Module):
 
     def training_step(self, batch, index):
         if self.trainer.train_dataloader is not None and self.trainer.fit_run.feed.weight:
-            self.seen += batch.flatten().tolist()
+            self.seen += (batch.flatten() + 1000 * self.current_epoch).tolist()
         counted = len(batch) if self.trainer.fit_run.feed.weight else 0
         self.summed.update(float(counted))
         self.log("count", float(counted), reduce_fx="sum", on_step=False, on_epoch=True)
@@ -38,7 +46,7 @@ class Net(Module):
         return torch.optim.SGD(self.parameters(), lr=0.01)
 
     def train_dataloader(self):
-        return torch.utils.data.DataLoader(torch.arange(53.0).reshape(-1, 1), 2, shuffle=True)
+        return torch.utils.data.DataLoader(torch.arange(float(SIZE)).reshape(-1, 1), BATCH, shuffle=True)
 
     def val_dataloader(self):
         return torch.utils.data.DataLoader(torch.zeros(8, 1), 2)
@@ -55,18 +63,19 @@ class Stop(Callback):
 
 if __name__ == "__main__":
     torch.manual_seed(1)
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "max_epochs": 1,
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "max_epochs": EPOCHS,
              "enable_model_summary": False, "num_sanity_val_steps": 0, "accelerator": "cpu"}  # fmt: skip
     module = Net()
     if sys.argv[1] == "stop":
         try:
             Trainer(callbacks=[Stop()], **quiet).fit(module, ckpt_path=sys.argv[4] if len(sys.argv) > 4 else None)
+            print("seen", *map(int, module.seen), flush=True)
         except KeyboardInterrupt:
             pass
     else:
         trainer = Trainer(**quiet)
         trainer.fit(module, ckpt_path=sys.argv[2])
-        assert trainer.current_epoch == 1
+        assert trainer.current_epoch == EPOCHS
         # Half-finished sums of ranks that are no more were taken over by those that are.
-        assert trainer.callback_metrics["count"] == trainer.callback_metrics["summed"] == 53
+        assert trainer.callback_metrics["count"] == trainer.callback_metrics["summed"] == SIZE
         print("seen", *map(int, module.seen), flush=True)

@@ -1,4 +1,7 @@
-"""Random kills and clean stops, counted: weights, optimizer and metric log must be those of an undisturbed run."""
+"""Random kills, clean stops and changes of the number of ranks, counted.
+
+Weights, optimizer and metric log must be an undisturbed run's; the ids that an epoch saw must be the dataset's.
+"""
 
 from __future__ import annotations
 
@@ -16,21 +19,23 @@ from tests.soak.table import keep
 
 REPO = Path(__file__).resolve().parents[2]
 JOB = REPO / "tests" / "programs" / "soak_job.py"
-# How many of each kind there are in one run, and in an attempt the most that can be counted of each place.
+# How many of each kind there are in one run (6 runs: 54 of each), and in an attempt the most of each place.
 KILLS = STOPS = 9
 PLACES = {"train": 5, "validation": 3, "save": 2, "epoch_end": 1}
 
 
+def hurt_at_random(choice: random.Random, kind: str, ranks: int) -> list:
+    """A signal to one rank, at a random time after a random place."""
+    where = choice.choice(list(PLACES))
+    return [kind, choice.randrange(ranks), where, choice.randint(1, PLACES[where]), choice.random() * 0.05]
+
+
 def hurts(ranks: int, seed: int) -> list[list]:
-    """One hurt per attempt: a signal to one rank, at a random time after a random place."""
+    """One hurt per attempt."""
     choice = random.Random(seed)
     kinds = ["SIGKILL"] * KILLS + ["SIGTERM"] * STOPS
     choice.shuffle(kinds)
-    found = []
-    for kind in kinds:
-        where = choice.choice(list(PLACES))
-        found.append([kind, choice.randrange(ranks), where, choice.randint(1, PLACES[where]), choice.random() * 0.05])
-    return found
+    return [hurt_at_random(choice, kind, ranks) for kind in kinds]
 
 
 def run(folder: Path, ranks: int, **variables: str) -> dict:
@@ -57,13 +62,85 @@ def run(folder: Path, ranks: int, **variables: str) -> dict:
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_random_kills_and_stops(ranks, workers, tmp_path):
     began = time.monotonic()
-    variables = {"WORKERS": str(workers), "EPOCHS": "8"}
+    variables = {"WORKERS": str(workers), "EPOCHS": "16"}
     whole = run(tmp_path / "whole", ranks, **variables)
     seed = 100 * ranks + workers
     hurt = run(tmp_path / "hurt", ranks, **variables, HURT=json.dumps(hurts(ranks, seed)))
     result = {name: whole[name] == hurt[name] for name in ("weights", "optimizer", "rows", "place")}
     kills = hurt["attempts"] - 1 - hurt["stops"]
     assert all(result.values()), result
-    assert kills + hurt["stops"] >= (KILLS + STOPS) // 2
+    assert (kills, hurt["stops"]) == (KILLS, STOPS)  # none came too late
     keep("exact resume", f"{ranks} ranks, {workers} loader workers", time.monotonic() - began,
-         kills=kills, clean_stops=hurt["stops"], seed=seed)  # fmt: skip
+         kills=kills, clean_stops=hurt["stops"], differing=0, seed=seed)  # fmt: skip
+
+
+SCHEDULES = 40
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+def test_any_schedule_of_ranks_sees_each_sample_once(gang, tmp_path):
+    began, choice, stages = time.monotonic(), random.Random(7), 0
+    for case in range(SCHEDULES):
+        size, batch, epochs = choice.randint(1, 60), choice.randint(1, 5), choice.randint(1, 2)
+        variables = {"SIZE": str(size), "BATCH": str(batch), "EPOCHS": str(epochs)}
+        seen, step, saved = [], 0, ""
+        for number, ranks in enumerate([*(choice.randint(1, 4) for _ in range(choice.randint(1, 4))), 0]):
+            file = str(tmp_path / f"{case}-{number}.ckpt")
+            # On 4 ranks an epoch has at least so many steps left; a stop that does not come is the end.
+            step += choice.randint(1, max(1, size // (4 * batch)))
+            arguments = ["stop", str(step), file, *([saved] if saved else [])] if ranks else ["end", saved]
+            results = gang.ok(ranks or choice.randint(1, 4), "parallel_elastic.py", *arguments, env=variables)
+            lines = [line for r in results for line in r.stdout.splitlines() if line.startswith("seen")]
+            seen += [int(i) for line in lines for i in line.split()[1:]]
+            stages += 1
+            if not Path(file).exists():
+                break
+            saved = file
+        assert sorted(seen) == [1000 * e + i for e in range(epochs) for i in range(size)], (case, variables)
+    keep("each sample once", "random schedules of 1 to 4 ranks", time.monotonic() - began,
+         schedules=SCHEDULES, stages=stages, differing=0)  # fmt: skip
+
+
+VIRTUAL = 5
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_virtual_ranks_end_alike_on_any_ranks_and_through_kills(gang, tmp_path, workers):
+    """Alone, on 2, 3 and 4 ranks undisturbed; then on 4, 2, 3, ... ranks with a kill or stop in each attempt."""
+    began, choice, kills, stops = time.monotonic(), random.Random(11 + workers), 0, 0
+
+    def variables(folder: Path, attempt: int, **more: str) -> dict[str, str]:
+        folder.mkdir(exist_ok=True)
+        return {"LAUNCH_RUN_DIR": str(folder), "LAUNCH_ATTEMPT": str(attempt), "VIRTUAL": str(VIRTUAL),
+                "WORKERS": str(workers)} | more  # fmt: skip
+
+    def end(folder: Path) -> dict:
+        return json.loads((folder / "end.json").read_text())
+
+    for ranks in (1, 2, 3, 4):
+        gang.ok(ranks, "soak_job.py", env=variables(tmp_path / f"whole-{ranks}", 0), timeout=300)
+        assert end(tmp_path / f"whole-{ranks}") == end(tmp_path / "whole-1"), ranks
+    for run_number in range(3):
+        folder, sizes = tmp_path / f"hurt-{run_number}", [4, 2, 3]
+        for attempt in range(40):
+            ranks = sizes[attempt] if attempt < len(sizes) else choice.randint(1, 4)
+            kind = choice.choice(["SIGKILL", "SIGTERM"])
+            hurt = json.dumps([None] * attempt + [hurt_at_random(choice, kind, ranks)])
+            results = gang(ranks, "soak_job.py", env=variables(folder, attempt, HURT=hurt), timeout=300)
+            codes = [r.returncode for r in results]
+            if not any(codes):
+                break
+            if kind == "SIGKILL":
+                assert -9 in codes, results
+                kills += 1
+            else:
+                assert codes == [75] * ranks, results
+                stops += 1
+        assert end(folder) == end(tmp_path / "whole-1"), run_number
+    assert kills
+    assert stops
+    keep("virtual ranks", f"1, 2, 3, 4 ranks; 4 -> 2 -> 3 -> ..., {workers} loader workers", time.monotonic() - began,
+         kills=kills, clean_stops=stops, differing=0)  # fmt: skip
