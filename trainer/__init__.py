@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from trainer.module import Module
     from trainer.module import Module as LightningModule
     from trainer.parallel import DDP, FSDP
+    from trainer.prove import prove_resume
     from trainer.seed import seed_everything
     from trainer.trainer import Trainer
     from trainer.tuning import Tuner
@@ -45,6 +46,7 @@ _HOME = {
     "MusterCLI": "trainer.cli",
     "Trainer": "trainer.trainer",
     "Tuner": "trainer.tuning",
+    "prove_resume": "trainer.prove",
     "seed_everything": "trainer.seed",
 }
 _RENAMED = {"LightningModule": "Module", "LightningDataModule": "DataModule"}
@@ -67,6 +69,7 @@ __all__ = [
     "errors",
     "loggers",
     "profilers",
+    "prove_resume",
     "seed_everything",
 ]
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import collections
 import functools
 import hashlib
+import inspect
+import itertools
+import os
 import random
 import sys
 import sysconfig
@@ -16,15 +19,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from trainer.combined import CombinedLoader
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from trainer.trainer import Trainer
 
-# Longer containers are one piece; deeper objects are not looked into.
+# Of longer containers the first and the last items are taken; deeper objects are not looked into.
 _LONG, _DEEP = 200, 12
+# Bytes of a tensor that is hashed once per version instead of once per batch.
+_LARGE = 1 << 20
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, Enum, torch.dtype, torch.device, torch.Size, np.generic)
-_OPAQUE = (types.ModuleType, type, types.BuiltinFunctionType, types.GeneratorType, types.FrameType)
+_OPAQUE = (types.ModuleType, types.BuiltinFunctionType, types.FrameType, types.CodeType, property)
 # Parts of torch's and our objects that say nothing about what is computed next.
 _SKIPPED = {
     "_iterator", "trainer", "_trainer", "_metrics", "_backward_hooks", "_backward_pre_hooks", "_forward_hooks",
@@ -36,6 +43,8 @@ _SKIPPED = {
     "_optimizer_load_state_dict_pre_hooks", "_optimizer_load_state_dict_post_hooks", "_zero_grad_profile_name",
     "_warned_capturable_if_run_uncaptured", "_initial_step", "_hparams_initial", "_rng_state",
 }  # fmt: skip
+# Hashes of large tensors outside of weights and optimizers, by the version that torch counts for each.
+_known: dict[int, tuple[Any, int, str]] = {}
 
 
 class _Walk:
@@ -44,21 +53,44 @@ class _Walk:
     def __init__(self) -> None:
         self.found: dict[str, str] = {}
         self._seen: dict[int, Any] = {}
+        self._folder = os.environ.get("LAUNCH_RUN_DIR") or "\0"  # another one in every run
 
     def take(self, name: str, value: Any, depth: int = 0) -> None:
         """Add a piece of state, or the pieces that it consists of."""
-        if isinstance(value, _PLAIN) or (leaf := _leaf(value)) is not None:
-            self.found[name] = _hash(repr(value).encode() if isinstance(value, _PLAIN) else leaf)
+        if isinstance(value, _PLAIN):
+            self.found[name] = _hash(repr(value).replace(self._folder, "").encode())
             return
-        if isinstance(value, _OPAQUE) or id(value) in self._seen or depth > _DEEP:
+        if isinstance(value, _OPAQUE) or id(value) in self._seen or depth > _DEEP or _is_ours(value):
             return
         self._seen[id(value)] = value  # kept, so that no other object gets its id
-        parts = list(_parts(value))
-        if len(parts) > _LONG and all(isinstance(part, _PLAIN) for _, part in parts):
-            self.found[name] = _hash(repr(parts).encode())
-            return
+        if isinstance(value, Tensor) and value.nbytes > _LARGE and not is_result(name):
+            self.found[name] = _hash_by_version(value)
+        elif (leaf := _leaf(value)) is not None:
+            self.found[name] = _hash(leaf)
+        else:
+            self._take_parts(name, value, depth)
+
+    def _take_parts(self, name: str, value: Any, depth: int) -> None:
+        if isinstance(value, (list, tuple, collections.deque)) and len(value) > _LONG:
+            if all(isinstance(part, _PLAIN) for part in value):
+                self.found[name] = _hash(repr(value).encode())
+                return
+            self.take(f"len({name})", len(value))
+            ends = [*range(_LONG // 2), *range(len(value) - _LONG // 2, len(value))]
+            parts: Iterable[tuple[str, Any]] = [(f"[{n}]", value[n]) for n in ends]
+        else:
+            parts = list(_parts(value))
+            if len(parts) > _LONG and all(isinstance(part, _PLAIN) for _, part in parts):
+                self.found[name] = _hash(repr(parts).encode())
+                return
         for key, part in parts:
             self.take(f"{name}{key}", part, depth + 1)
+
+    def attributes(self, name: str, value: Any) -> None:
+        """Add an object by its attributes, whoever made its class."""
+        self._seen[id(value)] = value
+        for key, part in _attributes(value):
+            self.take(f"{name}{key}", part, 1)
 
 
 def _leaf(value: Any) -> bytes | None:
@@ -80,48 +112,97 @@ def _leaf(value: Any) -> bytes | None:
         return repr(value.bit_generator.state).encode()
     if isinstance(value, np.random.RandomState):
         return repr(value.get_state(legacy=True)).encode()
+    if isinstance(value, itertools.count):
+        return repr(value).encode()
+    if isinstance(value, functools._lru_cache_wrapper):
+        return repr(value.cache_info()).encode()
     return None
 
 
-def _parts(value: Any) -> Iterator[tuple[str, Any]]:
+def _parts(value: Any) -> Iterable[tuple[str, Any]]:
     """What a container or an object consists of, with how each part is spelled behind its owner's name."""
     if isinstance(value, (dict, collections.abc.Mapping)):
-        yield from (
-            (f"[{key if isinstance(key, _PLAIN) else n!r}]", part) for n, (key, part) in enumerate(value.items())
-        )
-    elif isinstance(value, (list, tuple, collections.deque)):
-        yield from ((f"[{n}]", part) for n, part in enumerate(value))
-    elif isinstance(value, (set, frozenset)):
-        yield from ((f"{{{n}}}", part) for n, part in enumerate(sorted(value, key=repr)))
-    elif isinstance(value, functools.partial):
-        yield from ((".func", value.func), (".args", value.args), (".keywords", value.keywords))
-    elif isinstance(value, types.MethodType):
-        yield ".__self__", value.__self__
-    elif isinstance(value, types.FunctionType):
-        for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
-            if cell != types.CellType():  # an empty one has no contents
-                yield f" (its variable {name})", cell.cell_contents
-    else:
-        if isinstance(value, nn.Module):  # parameters and buffers that are saved are taken by their names
-            yield from ((f".{name}", value._buffers[name]) for name in sorted(value._non_persistent_buffers_set))
-            yield from ((f".{name}", part) for name, part in value._modules.items())
-        attributes = dict(getattr(value, "__dict__", {}))
-        for kind in type(value).__mro__:
-            for name in getattr(kind, "__slots__", ()):
-                if isinstance(name, str) and hasattr(value, name) and name != "__weakref__":
-                    attributes[name] = getattr(value, name)
-        tables = {"_parameters", "_buffers", "_modules"} if isinstance(value, nn.Module) else set()
-        yield from ((f".{n}", part) for n, part in attributes.items() if n not in _SKIPPED | tables)
+        return ((f"[{key if isinstance(key, _PLAIN) else n!r}]", part) for n, (key, part) in enumerate(value.items()))
+    if isinstance(value, (list, tuple, collections.deque)):
+        return ((f"[{n}]", part) for n, part in enumerate(value))
+    if isinstance(value, (set, frozenset)):
+        return ((f"{{{n}}}", part) for n, part in enumerate(sorted(value, key=repr)))
+    if isinstance(value, functools.partial):
+        return (".func", value.func), (".args", value.args), (".keywords", value.keywords)
+    if isinstance(value, types.MethodType):
+        return ((".__self__", value.__self__), (".__func__", value.__func__))
+    if isinstance(value, types.FunctionType):
+        return _of_function(value)
+    if isinstance(value, types.GeneratorType):
+        frame = value.gi_frame
+        return ((".gi_frame", None if frame is None else frame.f_lasti), ("", inspect.getgeneratorlocals(value)))
+    if isinstance(value, type):
+        own = _is_users(value.__module__)
+        return ((f".{n}", part) for n, part in (vars(value).items() if own else ()) if not n.startswith("__"))
+    if isinstance(value, (staticmethod, classmethod)):
+        return ((".__func__", value.__func__),)
+    if type(value).__module__ == "builtins" and hasattr(value, "__next__"):
+        return ((" (an iterator)", value.__reduce__()),)
+    return _attributes(value)
 
 
-def _hash(content: bytes | None) -> str:
-    return hashlib.blake2b(content or b"", digest_size=8).hexdigest()
+def _of_function(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
+    """What a function of the user's holds between its calls: variables around it, defaults, attributes."""
+    if not _is_users(function.__module__):
+        return
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        if cell != types.CellType():  # an empty one has no contents
+            yield f" (its variable {name})", cell.cell_contents
+    if function.__defaults__ or function.__kwdefaults__:
+        yield " (its defaults)", (function.__defaults__, function.__kwdefaults__)
+    yield from ((f".{name}", part) for name, part in vars(function).items() if name != "__wrapped__")
+
+
+def _attributes(value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, nn.Module):  # parameters and buffers that are saved are taken by their names
+        yield from ((f".{name}", value._buffers[name]) for name in sorted(value._non_persistent_buffers_set))
+        yield from ((f".{name}", part) for name, part in value._modules.items())
+    attributes = dict(getattr(value, "__dict__", {}))
+    for kind in type(value).__mro__:
+        for name in getattr(kind, "__slots__", ()):
+            if isinstance(name, str) and name != "__weakref__" and hasattr(value, name):
+                attributes[name] = getattr(value, name)
+    tables = {"_parameters", "_buffers", "_modules"} if isinstance(value, nn.Module) else set()
+    yield from ((f".{n}", part) for n, part in attributes.items() if n not in _SKIPPED | tables)
+
+
+def _is_ours(value: Any) -> bool:
+    """Whether it is an object of this package, which brings its own state back, or a Trainer of whatever class."""
+    if any(kind.__module__ == "trainer.trainer" for kind in type(value).__mro__):
+        return True
+    return type(value).__module__.startswith("trainer.") and not isinstance(value, (dict, nn.Module, CombinedLoader))
+
+
+@functools.cache
+def _is_users(module: str | None) -> bool:
+    """Whether a module is neither Python's, nor installed, nor a part of this package."""
+    path = getattr(sys.modules.get(module or ""), "__file__", None) or ""
+    paths = sysconfig.get_paths()
+    installed = tuple(paths[name] for name in ("stdlib", "platstdlib", "purelib", "platlib"))
+    return bool(path) and not path.startswith(installed) and (module or "").partition(".")[0] != "trainer"
+
+
+def _hash_by_version(tensor: Tensor) -> str:
+    version = -1 if tensor.is_inference() else tensor._version
+    kept = _known.get(id(tensor))
+    if kept is None or kept[0] is not tensor or kept[1] != version or version < 0:
+        kept = _known[id(tensor)] = tensor, version, _hash(_leaf(tensor) or b"")
+    return kept[2]
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
 
 
 def fingerprint(trainer: Trainer, batch: Any = None) -> dict[str, str]:
     """Name -> hash of all state that can be seen: random numbers, batch, model, optimizers, ..., the script's globals.
 
-    What several of these reach stands under the first of them.
+    What several of these reach stands under the first of them. The path of the run folder is left out of texts.
     """
     walk, module = _Walk(), trainer.lightning_module
     assert module is not None
@@ -131,7 +212,7 @@ def fingerprint(trainer: Trainer, batch: Any = None) -> dict[str, str]:
     if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         walk.take("random numbers of the GPU", torch.cuda.get_rng_state())
     walk.take("batch", batch)
-    for name, tensor in module.state_dict().items():
+    for name, tensor in module.state_dict(keep_vars=True).items():
         walk.take(f"weight {name}", tensor)
     walk.take("model", module)
     for number, optimizer in enumerate(trainer.optimizers):
@@ -143,31 +224,23 @@ def fingerprint(trainer: Trainer, batch: Any = None) -> dict[str, str]:
         walk.take(f"scheduler {number} ({type(config.scheduler).__name__})", config.scheduler)
     walk.take("loss scaler", trainer.precision_object.state_dict())
     for callback in trainer.callbacks:
-        if type(callback).__module__.startswith("trainer."):  # whose other attributes follow from these
+        if _is_ours(callback):  # its other attributes follow from these
             walk.take(f"callback {type(callback).__name__}", callback.state_dict())
         else:
-            walk.take(f"callback {type(callback).__name__}", vars(callback))
+            walk.attributes(f"callback {type(callback).__name__}", callback)
     if trainer.datamodule is not None:
-        walk.take(f"DataModule {type(trainer.datamodule).__name__}", trainer.datamodule)
+        walk.attributes(f"DataModule {type(trainer.datamodule).__name__}", trainer.datamodule)
     for kind, title in (("train", "training"), ("val", "validation")):
         walk.take(f"{title} loader", trainer.data.raw(kind))
-    walk.take("logged values", dict(trainer.callback_metrics))
-    for name, variables in _script_variables():
-        walk.take(f"module {name}", variables)
+    walk.take("logged values", [dict(trainer.callback_metrics), dict(trainer.logged_metrics)])
+    for name, loaded in sorted(sys.modules.items()):
+        if _is_users(name):
+            for variable, value in list(vars(loaded).items()):
+                if not variable.startswith("__"):
+                    walk.take(f"{'global' if name == '__main__' else name} {variable}", value, 1)
     return walk.found
 
 
 def is_result(name: str) -> bool:
     """Whether a piece of state is what training is for, or shows that it has gone another way."""
     return name.startswith(("batch", "weight ", "optimizer", "logged values"))
-
-
-def _script_variables() -> Iterable[tuple[str, dict[str, Any]]]:
-    """The global variables of the user's own modules."""
-    paths = sysconfig.get_paths()
-    installed = tuple(paths[name] for name in ("stdlib", "platstdlib", "purelib", "platlib"))
-    for name, module in sorted(sys.modules.items()):
-        path = getattr(module, "__file__", None) or ""
-        if not path or path.startswith(installed) or name.partition(".")[0] == "trainer":
-            continue
-        yield name, {k: v for k, v in vars(module).items() if not k.startswith("__")}

@@ -1,6 +1,7 @@
 """Proof that a script resumes exactly: it runs undisturbed, then hurt at random places, and everything is compared.
 
-usage: python -m trainer.prove [--ranks N] [--kills N] [--stops N] [--seed N] [--folder DIR] script.py [arguments]
+usage: python -m trainer.prove [--ranks N] [--kills N] [--stops N] [--seed N] [--folder DIR] [--ignore PATTERN]
+       script.py [arguments]
 
 Exit codes: 0 every resumed run is the undisturbed one; 1 one is not, or the script itself is not reproducible; 2 wrong
 usage, or the undisturbed script fails.
@@ -9,6 +10,7 @@ usage, or the undisturbed script fails.
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import itertools
 import json
 import os
@@ -58,7 +60,7 @@ class Difference:
     def __str__(self) -> str:
         where = f"rank {self.rank}, before batch {self.batch}"
         if self.states:
-            return f"{where}: the first state that differs is {_listed(self.states)} (then: {_listed(self.results)})"
+            return f"{where}: the first state that differs is {_listed(self.states)}. Then: {_listed(self.results)}."
         hint = ""
         if self.results and all(name.startswith("batch") for name in self.results):
             hint = (
@@ -74,7 +76,10 @@ class Difference:
 
 @dataclass(frozen=True)
 class Trial:
-    """One disturbed run. resumed_at: batches before the first one after the resume. failure: why it did not go on."""
+    """One disturbed run. resumed_at: batches before the first one after the resume. failure: why it did not go on.
+
+    lost: state that is not the undisturbed run's at the end, although all that came out is.
+    """
 
     signal: str
     rank: int
@@ -82,14 +87,20 @@ class Trial:
     resumed_at: int | None
     difference: Difference | None
     failure: str = ""
+    lost: tuple[str, ...] = ()
 
     @property
     def exact(self) -> bool:
-        """Whether all that came out is what came out undisturbed."""
-        return self.difference is None and not self.failure
+        """Whether all that came out, and all state that can be seen at the end, is the undisturbed run's."""
+        return self.difference is None and not self.failure and not self.lost
 
     def __str__(self) -> str:
         how = f"{self.signal} to rank {self.rank} at batch {self.batch}, resumed at batch {self.resumed_at}"
+        if self.lost:
+            return (
+                f"{how}: the state that a resume loses is {_listed(self.lost)}. Nothing that came out differs; keep it "
+                "in a state_dict, or, if nothing depends on it, pass --ignore with its name."
+            )
         return f"{how}: {self.failure or self.difference or 'exact'}"
 
 
@@ -124,19 +135,22 @@ def prove_resume(
     stops: int = 1,
     seed: int = 0,
     folder: str | os.PathLike[str] | None = None,
+    ignore: Sequence[str] = (),
     timeout_s: float = 3600.0,
     tell: Callable[[str], None] | None = None,
 ) -> Proof:
     """Run a script twice undisturbed, then once per kill (SIGKILL) and clean stop (SIGTERM); resume it; compare.
 
-    The script is run as it is, on `ranks` processes of this machine, each time in a run folder of its own under
-    `folder` (default: a temporary one), where its Trainer resumes by itself. Before every training batch all state that
+    The script is run as it is, on `ranks` processes of this machine, each time with a run folder of its own under
+    `folder` (default: a temporary one), where its Trainer resumes by itself. A script that writes elsewhere should get
+    the place as an argument: {run} in an argument becomes the run folder. Before every training batch all state that
     can be seen is hashed: random numbers, batch, model, optimizers, schedulers, callbacks, DataModule, loaders with
-    their datasets, logged values, the global variables of the script's modules. The places are drawn from `seed`. tell:
-    called with a line whenever a run is over. timeout_s: of one attempt.
+    their datasets, logged values, the global variables of the script's modules. ignore: patterns (of shells) of names
+    of state on which nothing depends; what comes out is never ignored. The places are drawn from `seed`. tell: called
+    with a line whenever a run is over. timeout_s: of one attempt.
 
     Raises:
-        ConfigError: there is no such script, or a number is out of range.
+        ConfigError: there is no such script, a number is out of range, or the folder is not empty.
         TrainerError: the undisturbed script fails, trains nothing, or is over before every signal.
     """
     path = Path(script)
@@ -151,7 +165,9 @@ def prove_resume(
         if value < least:
             raise ConfigError(f"prove_resume({name}={value}): at least {least}.")
     with tempfile.TemporaryDirectory(prefix="prove-") as temporary:
-        job = _Job(path, list(args), ranks, Path(folder or temporary), timeout_s)
+        job = _Job(path, list(args), ranks, Path(folder or temporary), tuple(ignore), timeout_s)
+        if folder is not None and any(job.folder.glob("*")):
+            raise ConfigError(f"prove_resume(folder={str(folder)!r}): the folder is not empty, and runs would go on.")
         return _prove(job, kills, stops, seed, tell or (lambda _: None))
 
 
@@ -164,7 +180,7 @@ def _prove(job: _Job, kills: int, stops: int, seed: int, tell: Callable[[str], N
     noise: set[str] = set()
     for rank, (one, other) in enumerate(zip(whole, again, strict=True)):
         noise |= {name for at, state in one.items() for name in _differing(state, other.get(at, {}))}
-        if found := _compare(rank, one, other, frozenset(n for n in noise if not is_result(n)), resumed=False):
+        if found := _compare(rank, one, other, frozenset(), resumed=False):
             return Proof((), found)
     trials = []
     for number, kind in enumerate(["SIGKILL"] * kills + ["SIGTERM"] * stops):
@@ -196,17 +212,21 @@ def _trial(
             kind, rank, at, None, None, f"the resumed run failed with exit code {max(codes, key=abs)}: {errors}"
         )
     begun = None
+    lost: dict[str, None] = {}
     for other in range(job.ranks):
         for attempt in (0, 1):
-            events = _read(folder / f"record-{attempt}-{other}.jsonl")
+            events = job.record(folder, attempt, other)
             if attempt and events:
                 begun = next(iter(events))[2]
             if found := _compare(other, whole[other], events, noise, resumed=attempt > 0):
                 return Trial(kind, rank, at, begun, found)
         # Without an event the resumed run found that nothing was left to do: then the last batch was over before.
-        if list(whole[other])[-1 if events else -2] not in (events or _read(folder / f"record-0-{other}.jsonl")):
+        end = list(whole[other])[-1 if events else -2]
+        if end not in (events or job.record(folder, 0, other)):
             return Trial(kind, rank, at, begun, Difference(other, at, ("the number of batches",), ()))
-    return Trial(kind, rank, at, begun, None)
+        if events:
+            lost |= dict.fromkeys(n for n in _differing(whole[other][end], events[end]) if n not in noise)
+    return Trial(kind, rank, at, begun, None, lost=tuple(lost))
 
 
 def _compare(rank: int, whole: Events, events: Events, noise: frozenset[str], *, resumed: bool) -> Difference | None:
@@ -230,27 +250,33 @@ def _differing(one: dict[str, str], other: dict[str, str]) -> list[str]:
     return [name for name in {**one, **other} if one.get(name) != other.get(name)]
 
 
-def _read(path: Path) -> Events:
-    """The record of one rank of one attempt; a line that a kill has cut off is left out."""
-    events: Events = {}
-    state: dict[str, str] = {}
-    for text in path.read_text().splitlines() if path.exists() else []:
-        try:
-            line: dict[str, Any] = json.loads(text)
-        except ValueError:
-            break
-        state = {n: v for n, v in state.items() if n not in set(line["gone"])} | line["set"]
-        number, fit, batches, end = line["at"]
-        events[number, fit, batches, end] = state
-    return events
-
-
 class _Job:
     """The script, and how its ranks are started."""
 
-    def __init__(self, script: Path, args: list[str], ranks: int, folder: Path, timeout_s: float) -> None:
+    def __init__(
+        self, script: Path, args: list[str], ranks: int, folder: Path, ignore: tuple[str, ...], timeout_s: float
+    ) -> None:
         self.script, self.args, self.ranks, self.folder, self.timeout_s = script, args, ranks, folder, timeout_s
-        self.seed, self.batch_s = 0, 0.0
+        self.ignore, self.seed, self.batch_s = ignore, 0, 0.0
+
+    def record(self, folder: Path, attempt: int, rank: int) -> Events:
+        """What a rank saw of an attempt; a line that a kill has cut off is left out."""
+        path = folder / f"record-{attempt}-{rank}.jsonl"
+        events: Events = {}
+        state: dict[str, str] = {}
+        for text in path.read_text().splitlines() if path.exists() else []:
+            try:
+                line: dict[str, Any] = json.loads(text)
+            except ValueError:
+                break
+            news = {name: found for name, found in line["set"].items() if not self._is_ignored(name)}
+            state = {n: v for n, v in state.items() if n not in set(line["gone"])} | news
+            number, fit, batches, end = line["at"]
+            events[number, fit, batches, end] = state
+        return events
+
+    def _is_ignored(self, name: str) -> bool:
+        return not is_result(name) and any(fnmatch.fnmatchcase(name, pattern) for pattern in self.ignore)
 
     def undisturbed(self, name: str, seed: int) -> list[Events]:
         """One run from beginning to end; what was recorded, by rank."""
@@ -259,7 +285,7 @@ class _Job:
         codes, errors = self.attempt(folder, 0, seed, None)
         if any(codes):
             raise TrainerError(f"The undisturbed script failed with exit code {max(codes, key=abs)}: {errors}")
-        found = [_read(folder / f"record-0-{rank}.jsonl") for rank in range(self.ranks)]
+        found = [self.record(folder, 0, rank) for rank in range(self.ranks)]
         if len(found[0]) < 3:
             raise TrainerError(
                 "The script trained fewer than two batches with trainer.Trainer: there is nothing to hurt."
@@ -287,10 +313,10 @@ class _Job:
                     "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(self.ranks),
                     "LOCAL_WORLD_SIZE": str(self.ranks), "GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1",
                     "MASTER_PORT": str(port), "LAUNCH_RUN_DIR": str(folder.resolve()), "LAUNCH_ATTEMPT": str(number),
-                    "PYTHONHASHSEED": "0",
                 }  # fmt: skip
                 with open(folder / f"output-{number}-{rank}.txt", "w") as output:
-                    command = [sys.executable, "-c", _CHILD, json.dumps(plan), str(self.script), *self.args]
+                    args = [arg.replace("{run}", str(folder.resolve())) for arg in self.args]
+                    command = [sys.executable, "-c", _CHILD, json.dumps(plan), str(self.script), *args]
                     processes.append(subprocess.Popen(
                         command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
                     ))  # fmt: skip
@@ -339,14 +365,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--stops", type=int, default=1, help="runs that are told to stop (1)")
     parser.add_argument("--seed", type=int, default=0, help="of the places, and of a script that does not seed itself")
     parser.add_argument("--folder", help="keep the runs here (default: a temporary folder)")
+    parser.add_argument("--ignore", action="append", default=[], metavar="PATTERN",
+                        help="names of state on which nothing depends (may be given again)")  # fmt: skip
     parser.add_argument("--timeout", type=float, default=3600.0, help="seconds that one attempt may take (3600)")
     parser.add_argument("script")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER)
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its arguments; {run} becomes the run's folder")
     given = parser.parse_args(argv)
     try:
         proof = prove_resume(
             given.script, given.arguments, ranks=given.ranks, kills=given.kills, stops=given.stops, seed=given.seed,
-            folder=given.folder, timeout_s=given.timeout, tell=lambda line: click.echo(line, err=True),
+            folder=given.folder, ignore=given.ignore, timeout_s=given.timeout,
+            tell=lambda line: click.echo(line, err=True),
         )  # fmt: skip
     except TrainerError as error:
         click.echo(f"launch drill: {error}", err=True)
