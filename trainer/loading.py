@@ -10,9 +10,11 @@ from __future__ import annotations
 import atexit
 import copy
 import dataclasses
+import hashlib
 import itertools
 import random
 import signal
+import struct
 import weakref
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -391,8 +393,9 @@ def _end_workers(iterator: Any) -> None:
 
 
 def _key(*values: int) -> int:
-    low, high = np.random.SeedSequence([v & 0xFFFFFFFFFFFFFFFF for v in values]).generate_state(2)
-    return int(high) << 32 | int(low)
+    # For every sample that is loaded: numpy's SeedSequence takes 22 us, this 2.
+    content = struct.pack(f"<{len(values)}Q", *(value & 0xFFFFFFFFFFFFFFFF for value in values))
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
 def _seed_all(key: int) -> None:
