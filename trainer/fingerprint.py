@@ -159,16 +159,15 @@ def _of_function(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
 
 
 def _attributes(value: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, nn.Module):  # parameters and buffers that are saved are taken by their names
-        yield from ((f".{name}", value._buffers[name]) for name in sorted(value._non_persistent_buffers_set))
-        yield from ((f".{name}", part) for name, part in value._modules.items())
     attributes = dict(getattr(value, "__dict__", {}))
+    if isinstance(value, nn.Module):
+        for table in ("_parameters", "_buffers", "_modules"):
+            attributes |= attributes.pop(table, {})
     for kind in type(value).__mro__:
         for name in getattr(kind, "__slots__", ()):
             if isinstance(name, str) and name != "__weakref__" and hasattr(value, name):
                 attributes[name] = getattr(value, name)
-    tables = {"_parameters", "_buffers", "_modules"} if isinstance(value, nn.Module) else set()
-    yield from ((f".{n}", part) for n, part in attributes.items() if n not in _SKIPPED | tables)
+    return ((f".{name}", part) for name, part in attributes.items() if name not in _SKIPPED)
 
 
 def _is_ours(value: Any) -> bool:

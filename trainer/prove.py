@@ -349,8 +349,11 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
 
 
 def _listed(names: Sequence[str]) -> str:
-    more = len(names) - 5
-    return ", ".join(names[:5]) + (f" and {more} more" if more > 0 else "")
+    """The first few; items of one container are called by its name."""
+    stems = [name[: name.rindex("[")] if name.endswith("]") else name for name in names]
+    shown = list(dict.fromkeys(s if stems.count(s) > 1 else n for n, s in zip(names, stems, strict=True)))
+    more = len(shown) - 5
+    return ", ".join(shown[:5]) + (f" and {more} more" if more > 0 else "")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
