@@ -162,17 +162,20 @@ class Gang:
         self.nodes[index].drained = True
         return self._next_if_quiet()
 
-    def node_gone(self, index: int, how: str, *, hopeless: int | None = None) -> list[Action]:
+    def node_gone(
+        self, index: int, how: str, *, hopeless: int | None = None, unreachable: bool = False
+    ) -> list[Action]:
         """Its agent is lost, and with it (it saw to that, or the kernel did) its ranks.
 
-        hopeless: the exit code of a run that starting the agent again cannot help (a wrong --preload).
+        hopeless: the exit code of a run that starting the agent again cannot help (a wrong --preload); unreachable:
+        its host no longer answers, so that an srun which is to start all agents again would wait for it in vain.
         """
         node = self.nodes[index]
         if self.phase is Phase.ENDED or not node.here:
             return []
         node.here, node.gone, node.drained = False, how, True
-        if hopeless is not None:
-            self._hopeless = hopeless
+        if hopeless is not None or (unreachable and self._together):
+            self._hopeless = 1 if hopeless is None else hopeless
         if self.phase in (Phase.MEETING, Phase.HOSTING):
             self.phase = Phase.STOPPING
             for other in self.nodes:

@@ -118,9 +118,12 @@ def read(folder: Path) -> History:
     """The history of the run in `folder`; empty if it has not begun."""
     attempts: list[Attempt] = []
     ready: float | None = None  # since when the next attempt could have begun; None: nobody had asked for it
+    before = 0  # attempts of the jobs before this one
     for event in _events(folder):
         what, at = event.get("event"), float(event.get("time", 0.0))
         number = event.get("attempt")
+        if what == "job":
+            before = len(attempts)
         if what in ("submitted", "requeued", "resubmitted"):
             ready = at
         elif what == "job" and ready is None and not attempts:
@@ -146,6 +149,8 @@ def read(folder: Path) -> History:
                 progress=_progress(event),
             )
             ready = at if what == "attempt-failed" else None
+        elif what == "job-end" and len(attempts) > before:
+            attempts[-1] = replace(attempts[-1], cause=_settled(attempts[-1].cause, event.get("cause")))
     return History(tuple(_with_losses(attempts)))
 
 
@@ -157,6 +162,14 @@ def cause_of(folder: Path, cause: str, attempt: int) -> str:
     if word is None or word["attempt"] != attempt:
         return cause
     return f"cancelled by {word['user']}" + cause.removeprefix("SIGTERM")
+
+
+def _settled(told: str, cause: str | None) -> str:
+    """A cause with what Slurm says of it afterwards: it may not have answered when the signal came."""
+    if cause in (None, "signalled") or not told.startswith("SIGTERM"):
+        return told
+    known = "SIGTERM while Slurm's controller was away" if cause == "unknown" else cause
+    return f"{known}{told.removeprefix('SIGTERM')}"
 
 
 def _progress(event: dict[str, Any]) -> Progress | None:

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 __all__ = ["Scheduler", "StopWatch", "Word"]
 
 _EXPLAINED_WITHIN_S = 1.5
-# Each of a thousand agents passes the same signal on.
-_ONCE_PER_S = 1.0
+# Each of a thousand agents passes the same signal on, and a controller that is away costs seconds each time.
+_ASKED_AGAIN_AFTER_S = 0.25
 
 
 class Scheduler(Protocol):
@@ -67,6 +67,7 @@ class StopWatch:
         self._spec = spec
         self._deadline: float | None = None
         self._asked = float("-inf")
+        self._unexplained: Stop | None = None  # what a SIGTERM was answered with that nothing has explained so far
         self._explain_by: float | None = None
 
     def wait_s(self) -> float | None:
@@ -96,22 +97,30 @@ class StopWatch:
         if self._explain_by is None:
             return None
         self._explain_by = None
-        return self.inquire(signal.SIGTERM, last=True) if running and not self.stopping else None
+        if not running or self.stopping:
+            return None
+        if self._unexplained is not None and self._unexplained.cause == "unknown":
+            return self._word(self._unexplained, signal.SIGTERM)  # whoever was away would only cost as long again
+        return self.inquire(signal.SIGTERM, last=True)
 
     def inquire(self, number: int | None = None, *, last: bool = False) -> Word | None:
         """Ask, after a signal (`number`) or a failure; what the ranks are to be told, if anything is new."""
-        if self.stopping and time.monotonic() - self._asked < _ONCE_PER_S:
+        if (self.stopping or self._explain_by is not None) and time.monotonic() - self._asked < _ASKED_AGAIN_AFTER_S:
             return None
         stop = self._scheduler.stop_now(number)
         self._asked = time.monotonic()
         if stop is None:
             return None
-        unnamed = stop.cause in ("signalled", "unknown")
-        if unnamed and number == signal.SIGTERM and not last:
+        if stop.cause in ("signalled", "unknown") and number == signal.SIGTERM and not last:
             if self._explain_by is None and not self.stopping:
                 self._explain_by = time.monotonic() + _EXPLAINED_WITHIN_S
+            self._unexplained = stop
             return None
+        return self._word(stop, number)
+
+    def _word(self, stop: Stop, number: int | None) -> Word | None:
         self._explain_by = None
+        unnamed = stop.cause in ("signalled", "unknown")
         cause = signal_name(number) if unnamed and number is not None else stop.cause
         first, known = not self.stopping, self._deadline
         if not first and (stop.deadline is None or (known is not None and stop.deadline >= known - 1)):

@@ -393,7 +393,7 @@ class Supervisor:
             return
         if self.gang.phase is Phase.RUNNING:
             self._stopped_by_scheduler()
-        self._do(self.gang.node_gone(agent.index, how, hopeless=agent.hopeless))
+        self._do(self.gang.node_gone(agent.index, how, hopeless=agent.hopeless, unreachable=agent.link.unreachable))
 
     # -------------------------------------------------------------------------------------------- actions
 
@@ -459,9 +459,12 @@ class Supervisor:
 
     # -------------------------------------------------------------------------------------------- the end
 
-    def _await_agents(self, timeout_s: float = 10.0) -> None:
-        """Let the agents write their consoles out; a paused terminal does not hold up the end."""
-        deadline = time.monotonic() + timeout_s
+    def _await_agents(self) -> None:
+        """Let the agents write their consoles out; a paused terminal does not hold up the end.
+
+        srun waits for a node that no longer answers, and for its sake nobody else needs to.
+        """
+        deadline = time.monotonic() + (2.0 if self.unreachable else 10.0)
         for agent in self._agents:
             if agent.process is not None:
                 with contextlib.suppress(subprocess.TimeoutExpired):
@@ -509,7 +512,7 @@ class Supervisor:
     def _put_down(self) -> None:
         """Nothing that was started here is left, however this ends."""
         if self._step is not None:
-            self._end_step(4 if self._ran else 0.1)
+            self._end_step(4 if self._ran and not self.unreachable else 0.1)
         for agent in list(self._agents):
             self._drop(agent)  # an agent without its supervisor stops its ranks and leaves
             if agent.process is not None:

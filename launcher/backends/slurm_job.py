@@ -24,7 +24,7 @@ from launcher import index
 from launcher.backends.slurm_records import SCONTROL, JobRecord, query_environment, read_scontrol
 from launcher.backends.slurm_requeue import Ledger, Verdict, decide
 from launcher.backends.slurm_stop import Stop, grace_of_partition, kill_wait_of_config, why
-from launcher.backends.slurm_tools import ask
+from launcher.backends.slurm_tools import AwayError, ask
 from launcher.errors import ClusterError, LaunchError, MeetingError
 from launcher.gang import Outcome
 from launcher.processes import become_subreaper
@@ -41,6 +41,8 @@ __all__ = ["Job", "bootstrap", "command", "run"]
 
 # Slurm is asked in a hurry: processes are being killed.
 _HURRY_S = 5.0
+# How long a controller may be away: a restart takes seconds, the failover to another one minutes.
+_AWAY_S = 600.0
 # Until a save was measured, so long before the time limit, but at most this part of it.
 _FIRST_LEAD_S = 60.0
 _LEAD_PART = 0.25
@@ -71,21 +73,21 @@ class Job:
         self._environ = query_environment(os.environ)
         now = self._patiently(self._ask)
         self.before, self.batch, self.requeues = now.record, now.batch, now.requeues
-        partition = self.before.partition
-        self._grace_s = grace_of_partition(self._tool("scontrol", "show", "partition", partition))
-        self._kill_wait_s = kill_wait_of_config(self._tool("scontrol", "show", "config"))
+        partition = self._patiently(lambda: self._tool("scontrol", "show", "partition", self.before.partition))
+        self._grace_s = grace_of_partition(partition)
+        self._kill_wait_s = kill_wait_of_config(self._patiently(lambda: self._tool("scontrol", "show", "config")))
 
     def _tool(self, *words: str, timeout_s: float = 60.0) -> str:
         return ask(*words, environ=self._environ, timeout_s=timeout_s)
 
-    def _patiently(self, call: Callable[[], Any], timeout_s: float = 60.0) -> Any:
-        """A slurmctld that is being restarted answers again in a moment."""
-        deadline = time.monotonic() + timeout_s
+    def _patiently(self, call: Callable[[], Any], timeout_s: float = 60.0, away_s: float = _AWAY_S) -> Any:
+        """Try again for `timeout_s` where Slurm refuses, for `away_s` where nobody answers."""
+        began = time.monotonic()
         while True:
             try:
                 return call()
-            except ClusterError:  # noqa: PERF203  # twice a second
-                if time.monotonic() > deadline:
+            except ClusterError as error:  # noqa: PERF203  # twice a second
+                if time.monotonic() - began > (away_s if isinstance(error, AwayError) else timeout_s):
                     raise
                 time.sleep(0.5)
 
@@ -165,19 +167,28 @@ class Job:
     # ------------------------------------------------------------------------------------------ afterwards
 
     def settle(self) -> Stop | None:
-        """What Slurm says of the stop now that the ranks have left: it may have been cancelled meanwhile."""
-        before = self.stop
-        later = self._patiently(lambda: self._answered(), 20.0)
-        return later if later is not None else before
-
-    def _answered(self) -> Stop | None:
-        self._ask()
-        return self.stop_now(None)
+        """What Slurm says of the stop now that the ranks have left: it may have been cancelled meanwhile, and a
+        controller that was away when the signal came may know by now what it was for.
+        """
+        unknown = self.stop is not None and self.stop.cause == "unknown"
+        with contextlib.suppress(ClusterError):
+            self._patiently(self._ask, 20.0, _AWAY_S if unknown else 20.0)
+            self.stop_now(None)
+        return self.stop
 
     def requeue(self, exclude: list[str]) -> None:
-        """Put the job back into the queue. Slurm ends what is left of it, so little may come after this."""
+        """Put the job back into the queue. Slurm ends what is left of it, so little may come after this.
+
+        A controller that was away may have done so itself, because it lost sight of this node: then the job's next
+        life must not be ended in place of this one.
+        """
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        self._patiently(lambda: self._tool("scontrol", "requeue", self.job_id, timeout_s=20.0))
+
+        def requeue() -> None:
+            if (self._ask().record.restarts or 0) <= self.restart:
+                self._tool("scontrol", "requeue", self.job_id, timeout_s=20.0)
+
+        self._patiently(requeue)
         if exclude:
             exclude = [*filter(None, [str(self.slurm.options.get("exclude", ""))]), *exclude]
             # Refused while the job runs; it takes a moment after the requeue until it does not.
@@ -262,7 +273,7 @@ def run(folder: RunFolder, say: Callable[[str], None]) -> int:
             lost = {record.nodes[i]: str(error) for i in supervisor.gang.missing if i < len(record.nodes)}
     verdict = decide(
         outcome,
-        job.settle(),
+        None if outcome.status == "finished" else job.settle(),
         ledger,
         job.slurm,
         failures=supervisor.gang.restarts,
@@ -295,7 +306,8 @@ def _conclude(
     excluded = {**(ledger.excluded or {}), **dict.fromkeys(silent, outcome.cause)}
     again = verdict.again and (verdict.by_slurm or (job.batch and job.requeues))
     values = {"ledger": replace(ledger, excluded=excluded).to_json(), "goes_on": again}
-    folder.event("job-end", job_id=job.before.job_id, restart=job.restart, again=again, why=verdict.why)
+    cause = None if job.stop is None or outcome.status == "finished" else job.stop.cause
+    folder.event("job-end", job_id=job.before.job_id, restart=job.restart, again=again, why=verdict.why, cause=cause)
     if outcome.status == "finished":
         folder.set_state(**values)
         say(f"run {folder.run_id} finished")
@@ -318,7 +330,13 @@ def _conclude(
         else:
             say(f"{verdict.why}: the job goes back into the queue")
             folder.event("requeued", job_id=job.before.job_id, restart=job.restart, by=by)
-            job.requeue(sorted(excluded))
+            folder.close()  # Slurm may start the job again while a controller that is away is waited for
+            try:
+                job.requeue(sorted(excluded))
+            except ClusterError:
+                if folder.state().get("restart") == job.restart:
+                    folder.set_state(goes_on=False)
+                raise
     return outcome.code
 
 

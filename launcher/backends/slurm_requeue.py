@@ -88,6 +88,10 @@ def decide(
         return _while_fruitful(
             ledger, now, "the time limit was reached", said_so=outcome.code == 75 and progress is None
         )
+    if cause == "unknown":
+        # Slurm goes on with the job and knows no reason for its SIGTERM: it had one before it was restarted.
+        why = "stopped while Slurm's controller was away"
+        return _while_fruitful(ledger, now, why, said_so=outcome.code == 75 and progress is None)
     if outcome.status == "failed" and lost:
         what = "; ".join(f"{host}: {how}" for host, how in lost.items())
         return _while_fruitful(ledger, now, what, said_so=False)

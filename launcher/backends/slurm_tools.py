@@ -10,15 +10,21 @@ from launcher.errors import ClusterError
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-__all__ = ["ask", "call"]
+__all__ = ["AwayError", "ask", "call"]
 
 # slurmctld answers in milliseconds or is in trouble; its own tools give up after MessageTimeout (10 s by default),
 # several times over when there is a backup controller.
 _ANSWER_S = 60.0
 
 
+class AwayError(ClusterError):
+    """The controller did not answer: it is being restarted, or another one takes its place."""
+
+
 def ask(*command: str, environ: Mapping[str, str], stdin: bytes = b"", timeout_s: float = _ANSWER_S) -> str:
-    """What one of Slurm's tools printed; `ClusterError` in the tool's own words if it fails or does not answer."""
+    """What one of Slurm's tools printed; `ClusterError` in the tool's own words if it fails, `AwayError` if nobody
+    answers it.
+    """
     return call(command, environ, stdin, timeout_s).stdout.decode(errors="replace")
 
 
@@ -34,8 +40,9 @@ def call(
     except FileNotFoundError as error:
         raise ClusterError(f"there is no {tool} on PATH: Slurm cannot be reached from this host") from error
     except subprocess.TimeoutExpired as error:
-        raise ClusterError(f"{tool} gave no answer within {timeout_s:g} s: slurmctld may be down") from error
+        raise AwayError(f"{tool} gave no answer within {timeout_s:g} s: slurmctld may be down") from error
     if done.returncode:
         words = (done.stderr.strip() or done.stdout.strip()).decode(errors="replace") or "no word of why"
-        raise ClusterError(f"{tool} failed with code {done.returncode}: {words}")
+        kind = AwayError if "Unable to contact slurm controller" in words else ClusterError
+        raise kind(f"{tool} failed with code {done.returncode}: {words}")
     return done

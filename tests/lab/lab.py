@@ -296,6 +296,11 @@ PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=100 Preemp
         path = self.folder / "etc" / "first_job_id.conf"
         path.write_text(f"FirstJobId={int(path.read_text().partition('=')[2]) + 100_000}\n")
 
+    def shut_down_slurmctld(self) -> None:
+        """End it as its administrator does: it saves its state first."""
+        self.run("scontrol", "shutdown", "slurmctld")
+        wait_for(lambda: not self._runs(HEAD, "slurmctld"), 20, "the end of slurmctld")
+
     def restart_slurmctld(self) -> None:
         self.kill_slurmctld()
         self.start_slurmctld()

@@ -115,6 +115,27 @@ def test_what_a_last_attempt_lost(here: Path, end: dict, lost: int | None) -> No
     assert history.read(run.path).lost_steps == lost
 
 
+@pytest.mark.parametrize(
+    ("told", "cause", "shown"),
+    [
+        ("SIGTERM; ranks were killed", "preempted", "preempted; ranks were killed"),
+        ("SIGTERM", "unknown", "SIGTERM while Slurm's controller was away"),
+        ("SIGTERM", None, "SIGTERM"),
+        ("time limit", "preempted", "time limit"),
+    ],
+)
+def test_slurm_says_afterwards_what_a_signal_was_for(here: Path, told: str, cause: str | None, shown: str) -> None:
+    with make(here, "r") as run:
+        tell(run, "job", 1.0, submitted=0.0)
+        tell(run, "attempt", 2.0, attempt=0, world_size=2)
+        tell(run, "end", 3.0, attempt=0, status="stopped", code=75, cause=told)
+        tell(run, "job-end", 4.0, cause=cause)
+        # A life without an attempt says nothing of the one before.
+        tell(run, "job", 5.0, submitted=0.0)
+        tell(run, "job-end", 6.0, cause="cancelled")
+    assert [a.cause for a in history.read(run.path).attempts] == [shown]
+
+
 def test_how_runs_stand(here: Path) -> None:
     for name, status, code in (("ok", "finished", 0), ("bad", "failed", 3), ("paused", "stopped", 75)):
         with make(here, name) as run:

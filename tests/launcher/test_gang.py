@@ -274,6 +274,12 @@ def test_agents_of_one_srun_are_all_started_again() -> None:
     assert out(g, ended(0, 0), ended(1, 0)) == ["end finished 0"]
 
 
+def test_an_srun_is_not_started_again_on_a_node_that_does_not_answer() -> None:
+    g = running(gang(max_restarts=1, together=True))
+    assert brief(g.node_gone(1, "node2 no longer answers", unreachable=True)) == ["send 0 abort"]
+    assert out(g, ended(0, -15, asked=True)) == ["end failed 1"]
+
+
 def test_less_time_than_was_said() -> None:
     g = running(gang())
     assert g.stop("preempted", 20.0)[0].message == {"stop": {"grace_s": 20.0}}

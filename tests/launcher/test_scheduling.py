@@ -84,11 +84,22 @@ def test_a_nameless_sigterm_waits_for_its_reason(scheduler: Scripted) -> None:
     assert on.inquire(signal.SIGUSR1) == Word("SIGUSR1", 9.0)  # nobody sends this by accident
 
 
-def test_the_reason_may_come_with_a_second_signal(scheduler: Scripted) -> None:
+def test_a_scheduler_that_is_away_is_asked_once_for_all_agents(scheduler: Scripted) -> None:
+    on = watch(scheduler, 9.0)
+    scheduler.stop = Stop("unknown", None)
+    assert [on.inquire(signal.SIGTERM) for _ in range(1000)] == [None] * 1000
+    assert on.explain(running=True) == Word("SIGTERM", 9.0)
+    assert scheduler.asked == 1
+
+
+def test_the_reason_may_come_with_a_second_signal(scheduler: Scripted, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = time.monotonic()
+    monkeypatch.setattr("launcher.scheduling.time.monotonic", lambda: now)
     on = watch(scheduler)
     scheduler.stop = Stop("unknown", None)
     assert on.inquire(signal.SIGTERM) is None
     scheduler.stop = Stop("cancelled", time.time() + 20)
+    now += 1
     word = on.inquire(signal.SIGTERM)
     assert word is not None
     assert word.cause == "cancelled"

@@ -100,6 +100,15 @@ def test_a_lost_node_is_no_failure_of_the_program_until_nothing_comes_of_it():
     assert "node2" in said.why
 
 
+@pytest.mark.parametrize("outcome", [LEFT, KILLED])
+def test_a_stop_that_slurm_has_forgotten_goes_on_while_something_comes_of_it(outcome):
+    said = verdict(outcome, "unknown")
+    assert said.again
+    for expected in (True, True, False):
+        said = verdict(outcome, "unknown", said.ledger)
+        assert said.again is expected
+
+
 def test_a_users_signal_asks_to_go_on_later():
     assert verdict(LEFT, "signalled", by_user_signal=True).again
     assert not verdict(LEFT, "signalled").again
