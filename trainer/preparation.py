@@ -12,7 +12,7 @@ from trainer.loading import to_device
 from trainer.loop import Evaluation, Fit, Stopping, clip, evaluate
 from trainer.optimizers import WrappedOptimizer, needs_closure, read_optimizers
 from trainer.progress import PREDICT, TEST, TRAIN, VALIDATE
-from trainer.rank_state import place_in_epoch, restore_rank
+from trainer.rank_state import place_in_epoch, restore_random, restore_rank
 from trainer.ranks import rank_zero_info
 from trainer.seed import chosen_seed, isolate_rng
 from trainer.state import (
@@ -55,6 +55,11 @@ def prepare_fit(
         if found.finished and trainer.run_dir is not None:
             trainer.train_state.epoch = int(found.state["epoch"])
             trainer.train_state.global_step = int(found.state["global_step"])
+            # What the script does next finds what there was when this training came to its end.
+            restore_random(found, trainer.world)
+            if trainer.metrics is not None and (logged := found.rank_state.get("metrics")) is not None:
+                trainer.metrics.load_state_dict(logged | {"entries": []})
+            trainer.saves.is_trained()
             rank_zero_info(f"fit: this run finished at step {trainer.global_step}; nothing is left to do.")
             return None
     else:

@@ -19,6 +19,7 @@ from trainer.ranks import rank_zero_info
 from trainer.seed import rng_state, set_rng_state
 
 if TYPE_CHECKING:
+    from trainer.distributed import World
     from trainer.loop import Fit
     from trainer.resume import Found
 
@@ -110,10 +111,17 @@ def restore_rank(run: Fit, found: Found) -> None:
             parameter = run.module.get_parameter(name)
             part = gradient.to(parameter.device) * share if share != 1 else gradient.to(parameter.device)
             parameter.grad = part if parameter.grad is None else parameter.grad + part
+    restore_random(found, world)
+
+
+def restore_random(found: Found, world: World) -> None:
+    """Give this rank the random state that it had, or, if it is new, one of its own."""
+    own = found.rank_state | found.state.get("virtual", {})
     if "rng" in own:
         set_rng_state(own["rng"])
     else:
-        _seed_all(_key(run.state.seed or 0, run.state.batches, world.rank, world.size))
+        progress = found.state.get("progress") or {}
+        _seed_all(_key(progress.get("seed") or 0, progress.get("batches", 0), world.rank, world.size))
 
 
 def metric_states(module: torch.nn.Module, left_out: list[Any]) -> dict[str, Any]:

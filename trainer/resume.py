@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from trainer.checkpoint.saved import SavedList
 from trainer.errors import CheckpointDamagedError, CheckpointError
 from trainer.ranks import rank_zero_warn
 
 if TYPE_CHECKING:
+    from trainer.checkpoint.saved import Entry, SavedList
     from trainer.distributed import World
 
 
@@ -74,8 +74,8 @@ def read(path: str, world: World | None, *, like: dict[str, Any] | None = None, 
     return Found(path, state, rank_state, finished, orphans, world_size)
 
 
-def newest_in(run_dir: str, world: World, like: dict[str, Any] | None) -> Found | None:
-    """The newest checkpoint of a run that is whole; None if there is none yet.
+def newest_whole(entries: list[Entry], saved: SavedList, world: World, like: dict[str, Any] | None) -> Found | None:
+    """The newest of a list's entries that is whole; None if there is none yet.
 
     A damaged one is named in a warning and set aside, and the next older one is taken, by all ranks alike.
 
@@ -83,8 +83,6 @@ def newest_in(run_dir: str, world: World, like: dict[str, Any] | None) -> Found 
         CheckpointDamagedError: there are checkpoints, but not one of them is whole.
         CheckpointError: one could not be looked at; that says nothing about damage.
     """
-    saved = SavedList.of(run_dir)
-    entries = world.broadcast(saved.read() if world.is_global_zero else None)
     damaged = None
     for entry in sorted(entries, key=lambda e: (e.batches, e.finished), reverse=True):
         # Retention may have removed it since: rank 0 looks, so that all ranks skip the same ones.
@@ -110,7 +108,8 @@ def newest_in(run_dir: str, world: World, like: dict[str, Any] | None) -> Found 
             saved.set_aside(entry.path)
     if damaged is not None:
         raise CheckpointDamagedError(
-            f"No checkpoint of the run in {run_dir} is whole; the newest was {damaged}. To begin anew, start a new run."
+            f"No checkpoint of the run in {saved.path.parent.parent} is whole; the newest was {damaged}. "
+            "To begin anew, start a new run."
         )
     return None
 

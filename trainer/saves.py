@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trainer import resume
 from trainer.checkpoint.background import Background
@@ -22,6 +22,11 @@ if TYPE_CHECKING:
 
     from trainer.checkpoint.background import Saved
     from trainer.trainer import Trainer
+
+
+# Run folder -> trainings that this process has brought to their end there. A script may make several, and a restart
+# makes all of them again: each goes on from its own checkpoints.
+_trained: dict[str, int] = {}
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,9 @@ class Saves:
         # The batches that the newest checkpoint counts, and the paths of those that nobody asked for by name.
         self._saved_batches = -1
         self._own: list[str] = []
+        # Which of the run's trainings this is, and what the others have saved.
+        self._fit = 0
+        self._others: set[str] = set()
         self._background: Background | None = None
         self._stores: dict[str, Store] = {}
         self._stall_s = 0.0
@@ -162,7 +170,7 @@ class Saves:
         if trainer.run_dir is None:
             return After(also, symbolic, replaced=tuple(replaced))
         state = trainer.train_state
-        entry = None if weights_only else Entry(path, state.batches, state.finished, own)
+        entry = None if weights_only else Entry(path, state.batches, state.finished, own, fit=self._fit)
         return After(also, symbolic, SavedList.of(trainer.run_dir), entry, tuple(replaced), process_start())
 
     def _store(self, folder: str) -> Store:
@@ -179,7 +187,8 @@ class Saves:
             return None
         # A string: the root may be a URL.
         root = (trainer.run_dir or trainer.default_root_dir).rstrip("/")
-        path = f"{root}/checkpoints/resume-step={trainer.global_step}-{why}.ckpt"
+        fit = f"fit={self._fit}-" if self._fit else ""
+        path = f"{root}/checkpoints/resume-{fit}step={trainer.global_step}-{why}.ckpt"
         replaced = [p for p in self._own[:-1] if p != path]
         self._own = [*[p for p in self._own if p != path][-1:], path]
         self.save(path, wait=wait, own=True, replaced=replaced)
@@ -197,8 +206,19 @@ class Saves:
         trainer.train_state.finished = True
         if trainer.run_dir is not None:
             self.for_resume("finished", wait=True)
+            self.is_trained()
             if trainer.page is not None:
                 trainer.page.phase(DONE)
+
+    def is_trained(self) -> None:
+        """Note that the training is over: the next one in this process and this run folder is another."""
+        run_dir = self._trainer.run_dir
+        assert run_dir is not None
+        _trained[run_dir] = self._fit + 1
+
+    def is_of_another(self, path: str) -> bool:
+        """Whether another training of this run has written a checkpoint."""
+        return path in self._others
 
     def at_stop(self) -> str | None:
         """The checkpoint of a run that was told to stop, durable; None if there is none, or no room for one."""
@@ -223,7 +243,7 @@ class Saves:
         like = None
         if trainer.world_size > 1 and trainer.parallel.sharded:
             like = {"state_dict": trainer.parallel.module_state()}
-        if fitting and trainer.run_dir and (found := resume.newest_in(trainer.run_dir, trainer.world, like)):
+        if fitting and trainer.run_dir and (found := self._newest(trainer.run_dir, like)):
             trainer.ckpt_path = found.name
             return found
         path = str(ckpt_path or trainer.ckpt_path or "")
@@ -233,6 +253,13 @@ class Saves:
             return None
         trainer.ckpt_path = path
         return resume.read(path, trainer.world, like=like, weights_only=weights_only is not False)
+
+    def _newest(self, run_dir: str, like: dict[str, Any] | None) -> resume.Found | None:
+        saved, world = SavedList.of(run_dir), self._trainer.world
+        entries = world.broadcast(saved.read() if world.is_global_zero else None)
+        self._fit, self._own, self._saved_batches = _trained.get(run_dir, 0), [], -1
+        self._others = {entry.path for entry in entries if entry.fit != self._fit}
+        return resume.newest_whole([entry for entry in entries if entry.fit == self._fit], saved, world, like)
 
     def _named(self, which: str) -> str | None:
         trainer = self._trainer

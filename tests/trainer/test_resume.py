@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchmetrics import MeanMetric
 
 import trainer as T
+from trainer import saves
 from trainer.errors import DataError
 from trainer.progress import DONE, MAGIC
 
@@ -169,6 +170,12 @@ def run_folder(tmp_path, monkeypatch):
     return make
 
 
+@pytest.fixture
+def restarted(monkeypatch):
+    """`restarted()`: what this process has trained so far, another one has."""
+    return lambda: monkeypatch.setattr(saves, "_trained", {})
+
+
 def test_every_place_of_a_stop_or_crash(run_folder):
     # 10 batches per epoch, in 5 windows of 2; validation after batch 4, 8 of each epoch.
     whole = attempt(run_folder("whole"))
@@ -293,7 +300,50 @@ def test_many_attempts(run_folder):
     assert attempt(folder) == whole
 
 
-def test_a_finished_run_does_nothing_again(run_folder, tmp_path, monkeypatch):
+def two_fits(folder, hurts=(None, None)):
+    """Two trainings, one after the other: the second begins with the weights and the random state of the first."""
+    torch.manual_seed(1)
+    arguments = {"accelerator": "cpu", "max_epochs": 2, "logger": False, "enable_progress_bar": False,
+                 "enable_model_summary": False}  # fmt: skip
+    first, ends = None, []
+    for hurt in hurts:
+        model = Model(hurt)
+        if first is not None:
+            model.net.load_state_dict(first.net.state_dict())
+            model.net[0].bias.data += torch.randn(16)
+        callback = T.callbacks.ModelCheckpoint(every_n_train_steps=3, monitor="val", save_top_k=1)
+        trainer = T.Trainer(callbacks=[callback], **arguments)
+        try:
+            trainer.fit(model, DataLoader(Noisy(20, 0.1), 4, shuffle=True), DataLoader(Noisy(8, 0.0), 4))
+        except Died:
+            return None
+        first = model
+        weights = torch.cat([w.flatten() for w in model.state_dict().values()]).tolist()
+        best = torch.load(callback.best_model_path, weights_only=True)["state_dict"]["net.0.bias"].tolist()
+        ends.append((weights, trainer.global_step, dict(trainer.callback_metrics), best))
+    return ends
+
+
+def test_a_script_of_two_fits_goes_on_in_either(run_folder, restarted):
+    whole = two_fits(run_folder("whole"))
+    assert [end[1] for end in whole] == [10, 10]
+    assert whole[0][0] != whole[1][0]
+    for number, hurts in enumerate([
+        [(("die", "train", 7), None)],
+        [(None, ("die", "train", 2))],  # before the second has saved anything
+        [(None, ("die", "train", 8)), (None, ("die", "train", 3))],
+    ]):  # fmt: skip
+        folder = run_folder(f"hurt{number}")
+        for attempts in hurts:
+            restarted()
+            assert two_fits(folder, attempts) is None
+        restarted()
+        assert two_fits(folder) == whole, hurts
+        restarted()
+        assert two_fits(folder) == whole  # all is done already
+
+
+def test_a_finished_run_does_nothing_again(run_folder, restarted, tmp_path, monkeypatch):
     monkeypatch.setenv("LAUNCH_PROGRESS", str(tmp_path / "page"))
     folder = run_folder("done")
     first = attempt(folder)
@@ -304,6 +354,7 @@ def test_a_finished_run_does_nothing_again(run_folder, tmp_path, monkeypatch):
     model = Model()
     trainer = T.Trainer(accelerator="cpu", max_epochs=3, logger=False, enable_progress_bar=False,
                         enable_model_summary=False)  # fmt: skip
+    restarted()
     with pytest.warns(UserWarning, match="callbacks that this Trainer does not have"):
         trainer.fit(model, DataLoader(Noisy(38, 0.1), 4), DataLoader(Noisy(10, 0.0), 4))
     assert model.counts == {}

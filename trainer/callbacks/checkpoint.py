@@ -472,7 +472,7 @@ class ModelCheckpoint(Checkpoint):
                 return True
         if _in_run_folder(path):
             # Ours, from an attempt that died after the state it goes on from: the same step is written again.
-            return False
+            return trainer.saves.is_of_another(path)
         return exists(path)
 
     def _files(self) -> set[str]:

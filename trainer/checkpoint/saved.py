@@ -20,9 +20,9 @@ from trainer.ranks import rank_zero_warn
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-# Newest entries that are kept; older ones are long gone from disk.
+# Newest entries of a training that are kept; older ones are long gone from disk.
 _KEPT = 32
-# Of the checkpoints that nobody asked for by name so many stay: the newest, and one to fall back on.
+# Of a training's checkpoints that nobody asked for by name so many stay: the newest, and one to fall back on.
 _OWN_KEPT = 2
 
 
@@ -31,7 +31,8 @@ class Entry:
     """A checkpoint that was durable when it was listed.
 
     batches: training batches that it has seen. finished: the training was over. own: nobody asked for it by name, so
-    it goes when newer ones are there. damaged: it could not be read again; it is passed over for ever.
+    it goes when newer ones are there. damaged: it could not be read again; it is passed over for ever. fit: which of
+    the run's trainings it is of, where a script makes several one after the other; from 0.
     """
 
     path: str
@@ -39,6 +40,7 @@ class Entry:
     finished: bool = False
     own: bool = False
     damaged: bool = False
+    fit: int = 0
 
 
 @dataclass(frozen=True)
@@ -64,11 +66,12 @@ class SavedList:
 
     def add(self, entry: Entry, replaced: Collection[str] = ()) -> list[str]:
         """List a checkpoint that is durable now; returns the paths that may go: `replaced`, and own ones too many."""
-        others = [e for e in self.read() if e.path != entry.path and e.path not in replaced]
-        entries = [*others, entry]
+        before = [e for e in self.read() if e.path != entry.path and e.path not in replaced]
+        entries = [*(e for e in before if e.fit == entry.fit), entry]
         own = [e for e in entries if e.own and not e.damaged]
         superseded = [e.path for e in own[:-_OWN_KEPT]]
-        self._write([e for e in entries if e.path not in superseded][-_KEPT:])
+        others = [e for e in before if e.fit != entry.fit]
+        self._write([*others, *[e for e in entries if e.path not in superseded][-_KEPT:]])
         return [*replaced, *superseded]
 
     def set_aside(self, path: str) -> None:
