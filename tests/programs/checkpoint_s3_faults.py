@@ -1,9 +1,9 @@
 """Saves to S3 through a proxy that misbehaves: `checkpoint_s3_faults.py BUCKET_URL one|all`.
 
-At one request of a save, or at it and all after it, the proxy answers 500 or 503, drops the connection before or after
-the request took effect, cuts its content in half, or is slow. Whatever comes of the save: the newest loadable
-checkpoint is bit-correct, never older than the last acknowledged one, and the next save works. "one" tries a request of
-each kind, "all" every request.
+At one request of a save, or at it and all after it, the proxy answers 500 or 503 (slow down), drops the connection
+before or after the request took effect, cuts its content in half, is slow, or kills all processes of the rank before or
+after the request took effect. Whatever comes of the save: the newest loadable checkpoint is bit-correct, never older
+than the last acknowledged one, and the next save works. "one" tries a request of each kind, "all" every request.
 """
 
 from __future__ import annotations
@@ -11,22 +11,28 @@ from __future__ import annotations
 import http.client
 import itertools
 import os
+import signal
 import sys
 import threading
 import time
 import warnings
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import TextIO
 from urllib.parse import urlsplit
 
+import s3fs  # noqa: F401 - before the nursery, whose children need not import it again then
 import torch
 
-from trainer.checkpoint import Store
+from trainer.checkpoint import Retention, Store
 from trainer.checkpoint.background import Alone, Background
 from trainer.errors import CheckpointError
 
 SERVER = urlsplit(os.environ["AWS_ENDPOINT_URL"])
 KINDS = ("500", "503", "drop", "lost", "cut", "slow")
+KILLS = ("kill", "kill after")
 LARGE = 5_000_000  # int64, so that the shard goes in 3 parts
+SMALL = 50_000
+RETENTION = Retention(last=2)
 
 
 class Faults:
@@ -51,6 +57,8 @@ FAULTS = Faults()
 
 class Proxy(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    # Else each answer waits 40 ms for an acknowledgement that is delayed.
+    disable_nagle_algorithm = True
 
     def log_message(self, *args: object) -> None:
         """Says nothing."""
@@ -61,7 +69,9 @@ class Proxy(BaseHTTPRequestHandler):
         if fault in ("500", "503"):
             self._answer(int(fault), {}, b"<Error><Code>SlowDown</Code></Error>")
             return
-        if fault == "drop":
+        if fault == "kill":
+            NURSERY.kill()
+        if fault in ("drop", "kill"):
             self.close_connection = True
             return
         if fault == "slow":
@@ -75,7 +85,9 @@ class Proxy(BaseHTTPRequestHandler):
         response = connection.getresponse()
         content = response.read()
         connection.close()
-        if fault == "lost":
+        if fault == "kill after":
+            NURSERY.kill()
+        if fault in ("lost", "kill after"):
             self.close_connection = True
             return
         if fault == "cut" and self.command == "GET":
@@ -108,51 +120,105 @@ def check(store: Store) -> int:
     return step
 
 
-def attempt(url: str, background: Background, at: int, kind: str, *, forever: bool) -> bool:
-    """One save with a fault; returns whether it came to that request."""
-    FAULTS.arm(-1, "", forever=False)
-    store = Store(url, background=background)
-    store.save(state(1), step=1)
+class Nursery:
+    """A process from before the first thread; it forks one for each save that is to be killed."""
+
+    def __init__(self) -> None:
+        orders, self._orders = os.pipe()
+        self._answers, answers = os.pipe()
+        self._victim = 0
+        self._pid = os.fork()
+        if self._pid == 0:
+            os.close(self._orders)
+            self._serve(os.fdopen(orders), answers)
+            os._exit(0)
+        os.close(orders)
+        os.close(answers)
+
+    def _serve(self, orders: TextIO, answers: int) -> None:
+        for order in orders:
+            url, step, large, endpoint = order.split()
+            pid = os.fork()
+            if pid == 0:
+                global LARGE
+                os.setpgid(0, 0)
+                os.write(answers, f"{os.getpid()}\n".encode())
+                os.environ["AWS_ENDPOINT_URL"], LARGE = endpoint, int(large)
+                code = 1
+                try:
+                    with Store(url, retention=RETENTION) as store:
+                        store.save(state(int(step)), step=int(step))
+                    code = 0
+                finally:
+                    os._exit(code)
+            status = os.waitpid(pid, 0)[1]
+            os.write(answers, f"{os.waitstatus_to_exitcode(status)}\n".encode())
+
+    def save(self, url: str, step: int) -> bool:
+        """Whether a save in a process of its own, with a writer of its own, was acknowledged."""
+        os.write(self._orders, f"{url} {step} {LARGE} {os.environ['AWS_ENDPOINT_URL']}\n".encode())
+        with os.fdopen(os.dup(self._answers)) as answers:
+            self._victim = int(answers.readline())
+            return int(answers.readline()) == 0
+
+    def kill(self) -> None:
+        """End the process that saves, and its writer."""
+        os.killpg(self._victim, signal.SIGKILL)
+
+    def close(self) -> None:
+        os.close(self._orders)
+        os.waitpid(self._pid, 0)
+
+
+def attempt(url: str, background: Background, at: int, kind: str, *, forever: bool, step: int) -> bool:
+    """A save of `step` with a fault, after one of the step before it; returns whether it came to that request."""
+    store = Store(url, background=background, retention=RETENTION)
     FAULTS.arm(at, kind, forever=forever)
     try:
-        store.save(state(2), step=2)
-        acknowledged = True
+        if kind in KILLS:
+            acknowledged = NURSERY.save(url, step)
+        else:
+            store.save(state(step), step=step)
+            acknowledged = True
     except CheckpointError:
         acknowledged = False
     reached = FAULTS.count >= at
     FAULTS.arm(-1, "", forever=False)
     newest = check(store)
-    assert newest == 2 if acknowledged else newest in (1, 2), (kind, at, newest, acknowledged)
-    store.save(state(3), step=3)
-    assert check(store) == 3
-    store.folder.fs.rm(store.folder.path, recursive=True)
+    assert newest == step if acknowledged else newest in (step - 1, step), (kind, at, newest, acknowledged)
+    store.save(state(step + 1), step=step + 1)
+    assert check(store) == step + 1
     return reached
 
 
 def main(bucket: str, which: str) -> None:
-    global LARGE
+    global LARGE, NURSERY
     warnings.simplefilter("ignore")
+    NURSERY = Nursery()
     proxy = ThreadingHTTPServer(("127.0.0.1", 0), Proxy)
     threading.Thread(target=proxy.serve_forever, daemon=True).start()
     os.environ["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{proxy.server_port}"
     # By default botocore tries an outage out for a minute, and s3fs that five times.
     os.environ["AWS_MAX_ATTEMPTS"] = "2"
+    LARGE = SMALL if which == "one" else LARGE
     background = Background(Alone())
+    Store(bucket, background=background).save(state(1), step=1)
+    steps = itertools.count(2, 2)
     tried = 0
     if which == "one":
-        LARGE = 50_000
-        for at, kind in enumerate(KINDS, 2):
-            assert attempt(f"{bucket}/{kind}", background, at, kind, forever=False), kind
+        for at, kind in enumerate((*KINDS, *KILLS), 2):
+            assert attempt(bucket, background, at, kind, forever=False, step=next(steps)), kind
             tried += 1
     else:
-        for kind, forever in itertools.product(KINDS, (False, True)):
+        for kind, forever in [*itertools.product(KINDS, (False, True)), *((kind, False) for kind in KILLS)]:
             for at in itertools.count():
                 tried += 1
-                if not attempt(f"{bucket}/{kind}{forever}{at}", background, at, kind, forever=forever):
-                    assert at > 6, (kind, at)
+                if not attempt(bucket, background, at, kind, forever=forever, step=next(steps)):
+                    assert at > 10, (kind, at)
                     break
             print(kind, "forever" if forever else "once", at, "requests", flush=True)
     background.close()
+    NURSERY.close()
     print("TRIED", tried)
 
 

@@ -5,6 +5,7 @@ Torch-free: the writer's process imports it.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from dataclasses import dataclass
@@ -23,10 +24,6 @@ if TYPE_CHECKING:
 
 # Bytes after which the disk is told to start.
 _START_WRITING = 16 << 20
-# An upload: bytes per part, how many at once, and how many S3 allows.
-_PART = 16 << 20
-_PARTS_AT_ONCE = 4
-_MOST_PARTS = 10_000
 
 
 @dataclass(frozen=True)
@@ -119,12 +116,15 @@ class Folder:
                 return file.read()
         return bytes(self.fs.cat_file(f"{self.path}/{name}"))
 
-    def write_blocks(self, name: str, blocks: Iterable[memoryview]) -> None:
-        """Write a new file and make it durable. It must not exist; what is left after an error is not whole."""
+    def write_blocks(self, name: str, blocks: Iterable[memoryview]) -> int:
+        """Write a new file and make it durable; returns its size. It must not exist.
+
+        Raises:
+            OSError: it failed, or the file is shorter than what was written. What is left is not whole.
+        """
         path = f"{self.path}/{name}"
         if not self.local:
-            self._stream(path, blocks)
-            return
+            return self._stream(path, blocks)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:
             written = started = 0
@@ -138,6 +138,8 @@ class Folder:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+        _check_size(path, written)
+        return written
 
     def replace_blocks(self, name: str, blocks: Iterable[memoryview]) -> None:
         """Write a file that is there whole, or as it was before, and make it and its entry durable."""
@@ -147,12 +149,13 @@ class Folder:
         temporary = f".{name}.{os.getpid()}.part"
         self.remove(temporary)  # of a process that died and had our number
         try:
-            self.write_blocks(temporary, blocks)
+            size = self.write_blocks(temporary, blocks)
             Path(f"{self.path}/{temporary}").replace(f"{self.path}/{name}")
         except BaseException:
             self.remove(temporary)
             raise
         _sync_folder(self.path)
+        _check_size(f"{self.path}/{name}", size)
 
     def write_whole(self, name: str, content: bytes) -> None:
         """Write a small file that is there whole, or as it was before, and make it and its entry durable."""
@@ -163,12 +166,12 @@ class Folder:
 
     def upload(self, name: str, descriptor: int) -> None:
         """Write a file, elsewhere than on a local disk, from an open file of this process: in parts, side by side."""
-        source, options = f"/proc/self/fd/{descriptor}", {}
         if "s3" in self.fs.protocol:
-            # By default s3fs takes 10 parts of 50 MiB into memory at once.
-            part = max(_PART, -(-os.fstat(descriptor).st_size // _MOST_PARTS))
-            options = {"chunksize": part, "max_concurrency": _PARTS_AT_ONCE}
-        self.fs.put_file(source, f"{self.path}/{name}", **options)
+            from trainer.checkpoint.upload import upload
+
+            upload(self.fs, f"{self.path}/{name}", descriptor)
+        else:
+            self.fs.put_file(f"/proc/self/fd/{descriptor}", f"{self.path}/{name}")
 
     def duplicate(self, name: str, target: Folder) -> None:
         """Give a file of this folder a second name, which is there whole, or as it was before."""
@@ -188,11 +191,13 @@ class Folder:
         temporary.replace(target.path)
         _sync_folder(target.parent.path)
 
-    def _stream(self, path: str, blocks: Iterable[memoryview]) -> None:
+    def _stream(self, path: str, blocks: Iterable[memoryview]) -> int:
         file = self.fs.open(path, "wb")
+        written = 0
         try:
             for block in blocks:
                 file.write(block)
+                written += len(block)
         except BaseException:
             if isinstance(file, AbstractBufferedFile):
                 # Closing it, which its finaliser does too, would make an object of the part that was written.
@@ -200,6 +205,7 @@ class Folder:
                 file.closed = True
             raise
         file.close()
+        return written
 
     def remove(self, name: str) -> None:
         """Remove one file of this folder; it may be gone already."""
@@ -221,6 +227,12 @@ class Folder:
 def _write_all(descriptor: int, block: memoryview) -> None:
     while block:
         block = block[os.write(descriptor, block) :]
+
+
+def _check_size(path: str, written: int) -> None:
+    size = Path(path).stat().st_size
+    if size != written:
+        raise OSError(errno.EIO, f"{written} bytes were written, {size} are there", path)
 
 
 def _sync_folder(path: str) -> None:
