@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.soak.table import keep
 from trainer.checkpoint import Store, load_file, save_file
 from trainer.checkpoint.catalog import open_checkpoint
 from trainer.checkpoint.reader import verify
@@ -26,10 +28,12 @@ def files_of(url: str, step: int) -> list[Path]:
 
 @pytest.mark.parametrize("stride", [211, pytest.param(1, marks=pytest.mark.soak)])
 def test_every_flipped_bit_of_a_torch_file_is_found(stride, tmp_path):
+    began = time.monotonic()
     path = tmp_path / "x.ckpt"
     save_file(state(1, 700), path)
     content = path.read_bytes()
-    for place in sorted({*range(0, len(content), stride), *range(len(content) - 110, len(content), 3)}):
+    places = sorted({*range(0, len(content), stride), *range(len(content) - 110, len(content), 3)})
+    for place in places:
         flipped = bytearray(content)
         flipped[place] ^= 1 << (place % 8)
         path.write_bytes(flipped)
@@ -39,6 +43,9 @@ def test_every_flipped_bit_of_a_torch_file_is_found(stride, tmp_path):
         path.write_bytes(content[:length])
         with pytest.raises(CheckpointDamagedError):
             load_file(path)
+    if stride == 1:
+        keep("damage", "one file: a bit of every byte flipped", time.monotonic() - began, found=len(places),
+             tried=len(places))  # fmt: skip
 
 
 @pytest.fixture
@@ -74,7 +81,7 @@ def repair(url: str, path: Path, content: bytes) -> None:
 
 @pytest.mark.parametrize("stride", [997, pytest.param(1, marks=pytest.mark.soak)])
 def test_every_flipped_bit_is_found(url, stride):
-    tried = 0
+    began, tried = time.monotonic(), 0
     for path in files_of(url, 2):
         content = path.read_bytes()
         # Every byte of the first line of a record and of a header, then every `stride`th.
@@ -93,6 +100,8 @@ def test_every_flipped_bit_is_found(url, stride):
         falls_back(url)
         repair(url, path, content)
     assert tried > 60
+    if stride == 1:
+        keep("damage", "a store: a bit of every byte flipped", time.monotonic() - began, found=tried, tried=tried)
 
 
 def test_a_file_cut_off_or_missing_is_found(url):
@@ -118,6 +127,19 @@ def test_files_swapped_between_two_checkpoints_are_found(url):
         mine.write_bytes(foreign)
         falls_back(url)
         repair(url, mine, content)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "jsonl"])
+def test_files_swapped_between_two_ranks_are_found(kind, tmp_path):
+    shutil.copytree(Path(__file__).parent / "formats" / "store-1", tmp_path / "store")
+    folder = Path(open_checkpoint(tmp_path / "store").folder.path)
+    files = [folder / f"rank-0000{rank}.{kind}" for rank in (0, 1)]
+    contents = [file.read_bytes() for file in files]
+    for file, content in zip(files, reversed(contents), strict=True):
+        file.write_bytes(content)
+    with pytest.raises(CheckpointDamagedError, match=r"rank-0000[01]\."):
+        Store(tmp_path / "store").load("step-7")
+    assert len(verify(open_checkpoint(tmp_path / "store"))) == 2
 
 
 def test_a_manifest_of_another_checkpoint_confirms_nothing(url):

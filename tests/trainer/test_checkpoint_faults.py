@@ -1,8 +1,9 @@
 """Whatever the storage does at whichever call: the newest loadable checkpoint is bit-correct, and no acknowledged one
 is lost.
 
-Faults are injected at every call index in turn: into the system calls that the local path makes (fail, write half,
-kill), and into an fsspec file system over memory (fail, drop silently, cut off, answer 503, lose the connection).
+Faults are injected at every call index in turn: into the system calls that the local path makes (fail, write half, drop
+silently, delay, kill), and into an fsspec file system over memory (drop silently, cut off, delay, answer 500 or 503,
+lose the connection). Those of S3 are in test_checkpoint_s3.py.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import errno
 import itertools
 import os
 import signal
+import time
 from pathlib import Path
 
 import fsspec
@@ -18,6 +20,7 @@ import pytest
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
 
+from tests.soak.table import keep
 from trainer.checkpoint import Retention, Store, load_file, save_file
 from trainer.checkpoint.saved import After, Entry, SavedList
 from trainer.errors import CheckpointError
@@ -62,6 +65,13 @@ def patched_calls(monkeypatch, faults: Faults) -> None:
                 return _original(*args, **kwargs)
             if faults.what == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
+            if faults.what == "delay":
+                time.sleep(0.005)
+                return _original(*args, **kwargs)
+            if faults.what == "drop":
+                if _name == "open":
+                    return _original("/dev/null" if args[1] & os.O_CREAT else args[0], *args[1:], **kwargs)
+                return len(args[1]) if _name == "write" else None
             if faults.what == "half" and _name == "write":
                 _original(args[0], args[1][: len(args[1]) // 2])
             raise OSError(errno.EIO, "Input/output error")
@@ -69,9 +79,16 @@ def patched_calls(monkeypatch, faults: Faults) -> None:
         monkeypatch.setattr(os, name, call)
 
 
+def counted(case: str, stride: int, began: float, tried: int) -> None:
+    """Keep a large count in the table."""
+    if stride == 1:
+        keep("faults of the store", case, time.monotonic() - began, tried=tried)
+
+
 @STRIDES
-@pytest.mark.parametrize(("first", "what"), [(0, "fail"), (1, "half")])
-def test_a_system_call_that_fails(first, what, stride, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("first", "what"), [(0, "fail"), (1, "half"), (2, "drop"), (3, "delay")])
+def test_a_system_call_that_goes_wrong(first, what, stride, tmp_path, monkeypatch):
+    began = time.monotonic()
     for at in itertools.count(first % stride, stride):
         url = str(tmp_path / str(at))
         Store(url).save(state(1), step=1)
@@ -91,10 +108,12 @@ def test_a_system_call_that_fails(first, what, stride, tmp_path, monkeypatch):
         if faults.count < at:
             break
     assert at > 15
+    counted(f"file: {what} at every system call of a save", stride, began, at)
 
 
 @STRIDES
 def test_sigkill_at_a_system_call(stride, tmp_path, monkeypatch):
+    began = time.monotonic()
     for at in itertools.count(2 % stride, stride):
         url = str(tmp_path / str(at))
         Store(url).save(state(1), step=1)
@@ -108,6 +127,7 @@ def test_sigkill_at_a_system_call(stride, tmp_path, monkeypatch):
         if acknowledged:
             break
     assert at > 15
+    counted("file: SIGKILL at every system call of a save", stride, began, at)
 
 
 def killed_while(act, at: int, monkeypatch) -> bool:
@@ -144,27 +164,32 @@ def newest_listed(folder: Path) -> int:
 
 
 @STRIDES
-@pytest.mark.parametrize(("first", "what"), [(0, "fail"), (1, "half"), (2, "kill")])
+@pytest.mark.parametrize(("first", "what"), [(0, "fail"), (1, "half"), (2, "kill"), (3, "drop"), (4, "delay")])
 def test_a_listed_file_whatever_a_system_call_does(first, what, stride, tmp_path, monkeypatch):
+    began = time.monotonic()
     for at in itertools.count(first % stride, stride):
         folder = tmp_path / str(at)
         save_listed(folder, 1)
         if what == "kill":
             acknowledged = killed_while(lambda folder=folder: save_listed(folder, 2), at, monkeypatch)
+            reached = not acknowledged
         else:
-            acknowledged = False
+            faults, acknowledged = Faults(at, what), False
             with monkeypatch.context() as patch:
-                patched_calls(patch, Faults(at, what))
+                patched_calls(patch, faults)
                 try:
                     save_listed(folder, 2)
                     acknowledged = True
                 except CheckpointError:
                     pass
+            reached = faults.count >= at
         assert newest_listed(folder) in ((2,) if acknowledged else (1, 2)), at
         save_listed(folder, 3)
         assert newest_listed(folder) == 3
-        if acknowledged and at > 25:
+        if not reached:
             break
+    assert at > 15
+    counted(f"one file and its list: {what} at every system call of a save", stride, began, at)
 
 
 # ------------------------------------------------------------------------------------------ an object store
@@ -184,8 +209,10 @@ class FaultyFileSystem(MemoryFileSystem):
             return None
         if self.faults.what == "connection":
             raise ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
-        if self.faults.what == "503":
-            raise OSError("503 Slow Down")
+        if self.faults.what in ("500", "503"):
+            raise OSError({"500": "500 Internal Server Error", "503": "503 Slow Down"}[self.faults.what])
+        if self.faults.what == "delay":
+            time.sleep(0.005)
         return self.faults.what if write else None
 
     def pipe_file(self, path, value, mode="overwrite", **kwargs):
@@ -229,9 +256,13 @@ def faulty():
 
 
 @pytest.mark.filterwarnings("ignore:The manifest of")
-@pytest.mark.parametrize("what", ["503", "connection", "drop", "cut"])
-def test_a_call_of_an_object_store_that_goes_wrong(what, faulty):
-    for at in itertools.count():
+@STRIDES
+@pytest.mark.parametrize(
+    ("first", "what"), [(0, "500"), (1, "503"), (2, "connection"), (3, "drop"), (4, "cut"), (0, "delay")]
+)
+def test_a_call_of_an_object_store_that_goes_wrong(first, what, stride, faulty):
+    began = time.monotonic()
+    for at in itertools.count(first % stride, stride):
         url = f"faulty://{what}{at}"
         faulty.faults = Faults(-1, "")
         Store(url).save(state(1), step=1)
@@ -250,6 +281,7 @@ def test_a_call_of_an_object_store_that_goes_wrong(what, faulty):
         if not reached:
             break
     assert at > 8
+    counted(f"memory: {what} at every call of a save", stride, began, at)
 
 
 def test_a_read_that_fails_is_an_error_and_not_a_damaged_checkpoint(faulty):
