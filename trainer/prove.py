@@ -230,7 +230,7 @@ def _trial(
 
 
 def _compare(rank: int, whole: Events, events: Events, noise: frozenset[str], *, resumed: bool) -> Difference | None:
-    """The first place with another result, and what differed of all other state until then."""
+    """The first place with another result, and what differed of all other state until then: causes first."""
     states: dict[str, None] = {}
     for number, (at, state) in enumerate(events.items()):
         if at not in whole:
@@ -242,7 +242,7 @@ def _compare(rank: int, whole: Events, events: Events, noise: frozenset[str], *,
             if not is_result(name) or (first and not name.startswith("batch")):
                 states.setdefault(name)
         if results := tuple(name for name in differing if is_result(name)):
-            return Difference(rank, at[2], results, tuple(states))
+            return Difference(rank, at[2], results, tuple(sorted(states, key=is_result)))
     return None
 
 
