@@ -169,7 +169,7 @@ def may_stop(run: Fit) -> bool:
 def train_epoch(run: Fit) -> None:
     """One epoch, from wherever `state` says, to its end or to a limit."""
     trainer, state, hooks, metrics, feed = run.trainer, run.state, run.hooks, run.metrics, run.feed
-    agreement, signals, page = run.agreement, run.signals, run.page
+    agreement = run.agreement
     trainer.data.prepare_epoch(run)
     if state.resume_at == "epoch_end":
         end_epoch(run)
@@ -191,28 +191,13 @@ def train_epoch(run: Fit) -> None:
         run.step = bound_step(trainer, run.module, "training_step", run.parallel.step)
     metrics.feed = feed = run.feed
     batches = feed.batches(state.epoch, state.position)
-    look_ahead = None if limit != math.inf else _LookAhead(batches, feed)
-    train_batch = bind_train_batch(run)
-    due = next_event(run, limit)
-    for batch in batches if look_ahead is None else look_ahead:
-        is_last = state.batch + 1 == limit if look_ahead is None else look_ahead.is_last
-        stepped = train_batch(batch, state.batch, is_last)
-        if stepped is None:
-            break  # on_train_batch_start asked to skip the rest of the epoch
-        if page is not None:
-            page.pack_step(page.buffer, 8, state.global_step, TRAIN, state.epoch, time.monotonic_ns())
-        # Almost every batch ends here: nothing is reported, validated or broken off after it.
-        if state.batch < due and not (
-            state.should_stop or signals.requested or state.batches >= agreement.limit_batches
-        ):
-            state.logger_step += stepped
-            state.resume_at = ""
-            continue
+    train = bind_plain_batches(run, batches, limit) or bind_batches(run, batches, limit)
+    while (trained := train(next_event(run, limit))) is not None:
+        stepped, is_last = trained
         if after_batch(run, is_last) or is_last:
             break
         if stepped and agreement.stop_here((state.batches << 32) + LAST):
             raise Stopping
-        due = next_event(run, limit)
     end_epoch(run)
     if agreement.stop_here((state.batches << 32) + LAST):
         raise Stopping
@@ -236,6 +221,109 @@ def next_event(run: Fit, limit: float) -> float:
         left = trainer.max_steps - state.global_step if run.module.automatic_optimization else 1
         events.append(state.batch + max(1, (left - 1) * accumulate + 1))
     return min(events)
+
+
+def bind_batches(run: Fit, batches: Iterator[Any], limit: float) -> Callable[[float], tuple[bool, bool] | None]:
+    """Trains batches until something more than the next batch may be due.
+
+    The function takes the number of batches of this epoch after which something will be (see `next_event`), and
+    returns whether the newest one ended with an optimizer step, and whether it is the epoch's last. None: there are no
+    more, or on_train_batch_start asked to skip the rest of the epoch.
+    """
+    state, agreement, signals, page = run.state, run.agreement, run.signals, run.page
+    look_ahead = _LookAhead(batches, run.feed) if limit == math.inf else None
+    coming = batches if look_ahead is None else iter(look_ahead)
+    train_batch = bind_train_batch(run)
+
+    def train(due: float) -> tuple[bool, bool] | None:
+        for batch in coming:
+            is_last = state.batch + 1 == limit if look_ahead is None else look_ahead.is_last
+            stepped = train_batch(batch, state.batch, is_last)
+            if stepped is None:
+                break
+            if page is not None:
+                page.pack_step(page.buffer, 8, state.global_step, TRAIN, state.epoch, time.monotonic_ns())
+            if (
+                state.batch >= due
+                or state.should_stop or signals.requested or state.batches >= agreement.limit_batches
+            ):  # fmt: skip
+                return stepped, is_last
+            state.logger_step += stepped
+            state.resume_at = ""
+        return None
+
+    return train
+
+
+def bind_plain_batches(
+    run: Fit, batches: Iterator[Any], limit: float
+) -> Callable[[float], tuple[bool, bool] | None] | None:
+    """What `bind_batches` gives, for a run in which every batch is one step and nobody acts inside of it; else None.
+
+    Most runs are like that. Of what a step of a small model costs above a hand-written loop, half is the calls from
+    the loop to the step and on to its parts, and the questions to which the answer is no; here there are none.
+    """
+    hooks, optimizer, state = run.hooks, run.optimizer, run.state
+    inside = (
+        hooks.on_before_zero_grad, hooks.optimizer_zero_grad, hooks.on_before_backward, hooks.backward,
+        hooks.on_after_backward, run.precision.scaler, run.virtual,
+    )  # fmt: skip
+    if (
+        optimizer is None or run.by_closure or state.accumulate != 1 or not run.precision.plain or limit == math.inf
+        or any(actor is not None for actor in inside)
+    ):  # fmt: skip
+        return None
+    metrics, feed, move, step, schedulers = run.metrics, run.feed, run.move, run.step, run.schedulers
+    agreement, signals, page, before_step = run.agreement, run.signals, run.page, run.before_step
+    on_batch_start, on_batch_end = hooks.on_train_batch_start, hooks.on_train_batch_end
+    zero_grad, optimizer_step, share_buffers = optimizer.zero_grad, optimizer.step, run.parallel.share_buffers
+
+    def train(due: float) -> tuple[bool, bool] | None:
+        index = state.batch
+        for batch in batches:
+            if move is not None:
+                batch = move(batch, 0)
+            metrics.batch = batch
+            if on_batch_start is not None and on_batch_start(batch, index) == -1:
+                return None
+            output = step(batch, index)
+            loss = output if type(output) is Tensor else _loss_of(run, output)
+            zero_grad()
+            if loss is not None:
+                if feed.weight != 1.0:
+                    loss = loss * feed.weight
+                loss.backward()
+            if before_step is not None:
+                before_step(optimizer)
+            optimizer_step()
+            state.global_step += 1
+            if share_buffers is not None:
+                share_buffers()
+            state.batch = index = index + 1
+            state.batches += 1
+            state.position = feed.position
+            if schedulers:
+                step_schedulers(run, "step", plateau=False)
+                if index == limit:
+                    step_schedulers(run, "epoch", plateau=False)
+            if on_batch_end is not None:
+                state.resume_at = "batch_end"
+                on_batch_end(_outputs(output), batch, index - 1)
+            if page is not None:
+                if isinstance(output, Tensor) and output.is_cpu:
+                    page.pack_loss(page.buffer, 48, output.item())
+                page.pack_step(page.buffer, 8, state.global_step, TRAIN, state.epoch, time.monotonic_ns())
+            if (
+                index >= due
+                or state.should_stop or signals.requested or state.batches >= agreement.limit_batches
+            ):  # fmt: skip
+                return True, index == limit
+            state.logger_step += 1
+            state.resume_at = ""
+            output = loss = None  # what else a dict holds need not live through the next forward
+        return None
+
+    return train
 
 
 class _LookAhead:

@@ -201,12 +201,11 @@ def counted_calls(model, trainer, steps=20):
 
 def test_calls_of_ours_in_a_step_are_frozen(quiet):
     calls, depth = counted_calls(Plain(), quiet(max_epochs=1))
-    # The feed's generator, and the step in two parts (accumulation runs one of them alone).
-    assert calls == {"batches": 1.0, "micro_batch": 1.0, "train_batch": 1.0}
-    # fit, the loop's fit, train_epoch, train_batch.
+    assert calls == {"batches": 1.0}  # the feed's generator
+    # fit, the loop's fit, train_epoch, train.
     assert depth <= 5
 
 
 def test_one_log_adds_two_calls(quiet):
     calls, _ = counted_calls(Logging(), quiet(max_epochs=1))
-    assert calls == {"batches": 1.0, "log": 2.0, "micro_batch": 1.0, "train_batch": 1.0}
+    assert calls == {"batches": 1.0, "log": 2.0}
