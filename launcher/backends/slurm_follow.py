@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 __all__ = ["follow"]
 
 _LOOK_S = 0.2  # between two looks at the length of the output file, and at state.json
-_QUICK_S, _CALM_S = 1.0, 15.0  # between two questions to the controller: around a change, and while it runs
+# Between two questions to the controller: after a change, and when nothing has changed for a while. That a run has
+# begun or ended stands in its folder; a queue may be long, and thousands may wait in it.
+_QUICK_S, _CALM_S, _SLOWER = 0.3, 15.0, 1.3
 _SILENT_S = 20.0  # from the end that Slurm tells of to when nobody can be expected to record it
 
 
@@ -51,9 +53,8 @@ def follow(folder: Path, say: Callable[[str], None]) -> int:
     """
     job = read_json(folder / "slurm.json") or {}
     output = _Output(job["output"])
-    told = ""
-    asked, ended = 0.0, None
-    pause = _QUICK_S
+    told, before = "", None
+    asked, pause, ended = float("-inf"), _QUICK_S, None
     while True:
         output.show()
         state = read_json(folder / "state.json") or {}
@@ -61,25 +62,31 @@ def follow(folder: Path, say: Callable[[str], None]) -> int:
             output.show()
             return int(state["exit_code"])
         now = time.monotonic()
-        if now - asked >= (_QUICK_S if state.get("goes_on") and state.get("status") != "running" else pause):
-            asked, record = now, _ask(job["job_id"])
-            if record is None:
-                pause = _CALM_S
-            elif record.state == "PENDING":
-                pause = _QUICK_S
+        if (stage := (state.get("status"), state.get("attempt"))) != before:
+            before, pause = stage, _QUICK_S
+        if now - asked >= pause:
+            asked, pause = now, min(_CALM_S, pause * _SLOWER)
+            if (later := read_json(folder / "slurm.json") or job)["job_id"] != job["job_id"]:
+                output.show()
+                job, output, told = later, _Output(later["output"]), ""  # --requeue resubmit
+                say(f"the run goes on as job {job['job_id']}")
+            record = _ask(job["job_id"])
+            word = ""
+            if record is not None and record.state == "PENDING":
                 if record.restarts and record.reason == "BeginTime":
                     _lift(job["job_id"])
                 word = f"job {job['job_id']} is waiting ({record.reason or 'Slurm has not looked at it yet'})"
-                if word != told:
-                    told = word
+            if word != told:
+                told, pause = word, _QUICK_S
+                if word:
                     say(word)
-            elif record.state in OVER:
-                pause, ended = _QUICK_S, ended or now
-                if now - ended > _SILENT_S:
-                    say(f"job {job['job_id']} is over ({record.state}), and nobody recorded how: see {job['output']}")
-                    return record.exit_code or 1
-            else:
-                told, pause, ended = "", _CALM_S, None
+            if record is None or record.state not in OVER:
+                ended = None
+            elif ended is None:
+                ended, pause = now, _QUICK_S
+            elif now - ended > _SILENT_S:
+                say(f"job {job['job_id']} is over ({record.state}), and nobody recorded how: see {job['output']}")
+                return record.exit_code or 1
         time.sleep(_LOOK_S)
 
 

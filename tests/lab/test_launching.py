@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import signal
@@ -181,33 +182,40 @@ def test_eight_jobs_share_two_nodes(lab, tmp_path):
         assert job.wait_over(timeout=180)["status"] == "finished", job.story()
 
 
-def test_resubmitted_it_goes_on_as_another_job(lab, tmp_path):
-    job = Job.submit(lab, tmp_path, "--requeue", "resubmit")
-    job.wait_step(5)
-    lab.preempt(job.id)
-    job.wait(lambda: job.of("resubmitted"), "the new job")
-    assert job.wait_over()["status"] == "finished", job.story()
-    first, second = (e["job_id"] for e in job.of("job"))
-    assert (first, second) == (job.id, job.of("resubmitted")[0]["job_id"])
-    assert job.history.attempts[1].progress.began == job.step(0)
-
-
-@pytest.mark.parametrize("lab", [Settings(cred_expire=120)], indirect=True)
-def test_who_follows_lifts_the_hold_after_a_requeue(lab, tmp_path):
-    train = Path(__file__).with_name("train.py")
-    process = lab.popen(
-        LAUNCH, "--nodes", "2", "--procs", "2", "--run", "job", train, cwd=tmp_path, environment=environment(tmp_path),
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+@contextlib.contextmanager
+def followed(lab, tmp_path, *options):
+    """A training that `launch` follows, in its fifth step: the process, the job."""
+    words = [LAUNCH, "--nodes", "2", "--procs", "2", "--run", "job", *options, Path(__file__).with_name("train.py")]
+    with open(tmp_path / "said", "wb") as said:
+        process = lab.popen(*words, cwd=tmp_path, environment=environment(tmp_path), stdout=said, stderr=said)
     try:
         folder = tmp_path / "runs" / "job"
         wait_for(lambda: (folder / "slurm.json").exists(), 60, "the submission")
         job = Job(lab, folder, json.loads((folder / "slurm.json").read_text())["job_id"])
         job.wait_step(5)
+        yield process, job
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_resubmitted_it_goes_on_as_another_job(lab, tmp_path):
+    with followed(lab, tmp_path, "--requeue", "resubmit") as (process, job):
+        lab.preempt(job.id)
+        assert process.wait(120) == 0, job.story()
+    assert job.wait_over()["status"] == "finished", job.story()
+    first, second = (e["job_id"] for e in job.of("job"))
+    assert (first, second) == (job.id, job.of("resubmitted")[0]["job_id"])
+    assert job.history.attempts[1].progress.began == job.step(0)
+    said = (tmp_path / "said").read_text()
+    assert f"the run goes on as job {second}" in said
+    assert "[0] step 60" in said
+
+
+@pytest.mark.parametrize("lab", [Settings(cred_expire=120)], indirect=True)
+def test_who_follows_lifts_the_hold_after_a_requeue(lab, tmp_path):
+    with followed(lab, tmp_path) as (process, job):
         lab.preempt(job.id)
         # Alone it would wait for 120 s.
         job.wait(lambda: len(job.of("job")) == 2, "the next life", timeout=60)
         assert process.wait(120) == 0
-    finally:
-        process.kill()
-        process.wait()
