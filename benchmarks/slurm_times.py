@@ -45,7 +45,7 @@ def begun(script: Path) -> str:
 
 
 def start(lab: Lab, folder: Path, how: str, number: int) -> float:
-    cwd = folder / f"{how}-{number}"
+    cwd = folder / f"{how.split()[0]}-{number}"
     marks = cwd / "marks"
     marks.mkdir(parents=True)
     program = cwd / "meet.py"
@@ -66,7 +66,8 @@ def start(lab: Lab, folder: Path, how: str, number: int) -> float:
     return max(float(p.read_text()) for p in marks.glob("[0-7]")) - float((marks / "t0").read_text())
 
 
-def restart(lab: Lab, folder: Path, number: int) -> float:
+def restart(lab: Lab, folder: Path, number: int) -> dict[str, float]:
+    """Seconds from the word of a stop to each thing that came after it, in order."""
     cwd = folder / f"restart-{number}"
     cwd.mkdir()
     words = [LAUNCH, "--nodes", "2", "--procs", "2", "--run", "job", ROOT / "tests" / "lab" / "train.py"]
@@ -77,19 +78,19 @@ def restart(lab: Lab, folder: Path, number: int) -> float:
         wait_for(lambda: (run / "slurm.json").exists(), 60, "the submission")
         job = Job(lab, run, json.loads((run / "slurm.json").read_text())["job_id"])
         job.wait_step(5)
-        asked = time.time()
         lab.preempt(job.id)
         job.wait(lambda: job.step(1) >= 0, "the next step", timeout=200)
-        again = time.time() - job.stop()["requested"]
-        print(
-            f"restart {number}: preemption asked for {job.stop()['requested'] - asked:.2f} s before the word",
-            flush=True,
-        )
+        at = {"trains": time.time()}
+        for event in job.events:
+            at[event["event"]] = event["time"]  # the last of each kind
+        asked = job.stop()["requested"]
         process.wait(120)
-        return again
     finally:
         process.kill()
         process.wait()
+    names = {"job-end": "all ranks have left", "requeued": "requeued", "job": "its next life begins",
+             "attempt": "agents have met", "trains": "trains again"}  # fmt: skip
+    return {text: at[name] - asked for name, text in names.items()}
 
 
 def main() -> None:
@@ -115,7 +116,7 @@ def main() -> None:
         "machine": f"{os.cpu_count()} cores, {os.uname().machine}",
         "start_s": {how: [round(t, 2) for t in found] for how, found in times.items()},
         "start_ratio_median": round(statistics.median(ratios), 3) if ratios else None,
-        "restart_s": [round(t, 2) for t in again],
+        "restart_s": [{what: round(t, 2) for what, t in one.items()} for one in again],
     }  # fmt: skip
     print(json.dumps(results, indent=1))
     if options.json:
