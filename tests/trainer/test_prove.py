@@ -7,6 +7,7 @@ import functools
 import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -40,9 +41,10 @@ NAMED = {
 
 def drill(*arguments):
     command = [sys.executable, "-c", "import sys; from launcher.cli import main; sys.exit(main())", "drill", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
+@pytest.mark.timeout(300)
 def test_a_script_that_resumes_exactly_passes(tmp_path):
     done = drill("--kills", "1", "--stops", "0", "--folder", str(tmp_path / "runs"), str(LEAKS), "none")
     assert done.returncode == 0, done.stderr
@@ -50,6 +52,7 @@ def test_a_script_that_resumes_exactly_passes(tmp_path):
     assert (tmp_path / "runs" / "trial-0-0" / "checkpoints").exists()
 
 
+@pytest.mark.timeout(300)
 def test_a_leak_is_named():
     proof = prove_resume(LEAKS, ["callback"], kills=0, stops=1)
     assert not proof.exact
@@ -63,8 +66,6 @@ def test_a_leak_is_named():
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_every_leak_is_named_or_unknown(workers, request):
-    import time
-
     began, named, unknown = time.monotonic(), 0, 0
     assert prove_resume(LEAKS, ["none", workers], kills=2, stops=2).exact
     for leak, cause in NAMED.items():
@@ -241,6 +242,7 @@ def test_bad_arguments(tmp_path):
         prove_resume(LEAKS, folder=tmp_path)
 
 
+@pytest.mark.timeout(300)
 def test_a_script_that_fails_or_trains_nothing_is_told(tmp_path):
     script = tmp_path / "script.py"
     script.write_text("print('nothing')")
