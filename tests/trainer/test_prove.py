@@ -65,7 +65,7 @@ def test_a_leak_is_named():
 @pytest.mark.soak
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("workers", ["0", "2"])
-def test_every_leak_is_named_or_unknown(workers, request):
+def test_every_leak_is_named_or_unknown(workers):
     began, named, unknown = time.monotonic(), 0, 0
     assert prove_resume(LEAKS, ["none", workers], kills=2, stops=2).exact
     for leak, cause in NAMED.items():
