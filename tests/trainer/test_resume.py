@@ -300,6 +300,76 @@ def test_many_attempts(run_folder):
     assert attempt(folder) == whole
 
 
+class Growing(T.DataModule):
+    """Its augmentation grows with every batch that it has given."""
+
+    def __init__(self):
+        super().__init__()
+        self.level = 0.0
+
+    def train_dataloader(self):
+        return DataLoader(Noisy(38, 0.1), 4, shuffle=True)
+
+    def val_dataloader(self):
+        return DataLoader(Noisy(10, 0.0), 4)
+
+    def on_before_batch_transfer(self, batch, dataloader_idx):
+        if self.trainer.training:
+            self.level += 0.01
+        return batch[0] * (1 + self.level), batch[1]
+
+    def state_dict(self):
+        return {"level": self.level}
+
+    def load_state_dict(self, state):
+        self.level = state["level"]
+
+
+class OpenWindows(T.Callback):
+    """Saves when gradients of an unfinished accumulation window are there."""
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, index):
+        if index % 5 == 1:
+            trainer.save_checkpoint(f"{trainer.run_dir}/checkpoints/window-{trainer.train_state.batches}.ckpt")
+
+
+class OneOptimizer(Model):
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), lr=1e-2)
+
+
+def fit_with_a_scaler(folder, hurt=None):
+    torch.manual_seed(1)
+    model, data = OneOptimizer(hurt), Growing()
+    stopping = T.callbacks.EarlyStopping("val", patience=1, min_delta=0.3)
+    swa = T.callbacks.StochasticWeightAveraging(swa_lrs=0.02, swa_epoch_start=2, annealing_epochs=2)
+    trainer = T.Trainer(
+        accelerator="cpu", precision="16-mixed", max_epochs=5, accumulate_grad_batches=4, logger=False,
+        enable_progress_bar=False, enable_model_summary=False, callbacks=[OpenWindows(), stopping, swa],
+    )  # fmt: skip
+    try:
+        trainer.fit(model, datamodule=data)
+    except Died:
+        return "died"
+    except SystemExit as stop:
+        return stop.code
+    weights = torch.cat([w.flatten() for w in model.state_dict().values()]).tolist()
+    scaler = trainer.precision_object.state_dict()
+    return weights, scaler, data.level, trainer.current_epoch, stopping.state_dict(), dict(trainer.callback_metrics)
+
+
+def test_a_scaler_a_datamodule_swa_early_stopping_and_an_open_window(run_folder):
+    whole = fit_with_a_scaler(run_folder("whole"))
+    assert whole[1]["scale"] < 65536  # it has skipped steps
+    assert whole[4]["wait_count"] > 0
+    for number, hurt in enumerate([
+        ("die", "train", 8), (signal.SIGTERM, "train", 13), ("die", "train", 28), (signal.SIGTERM, "train", 34),
+    ]):  # fmt: skip
+        folder = run_folder(f"hurt{number}")
+        assert fit_with_a_scaler(folder, hurt) == ("died" if hurt[0] == "die" else 75), hurt
+        assert fit_with_a_scaler(folder) == whole, hurt
+
+
 def two_fits(folder, hurts=(None, None)):
     """Two trainings, one after the other: the second begins with the weights and the random state of the first."""
     torch.manual_seed(1)
