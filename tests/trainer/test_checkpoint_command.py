@@ -102,6 +102,46 @@ def test_consolidate_and_gc(url, tmp_path, capsys):
     assert [m.name for m in Store(url).list()] == ["s2"]
 
 
+def flip_the_last_byte(url: str) -> Path:
+    """Damage the shard of a checkpoint; returns its folder."""
+    folder = Path(open_checkpoint(url).folder.path)
+    shard = folder / "rank-00000.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    return folder
+
+
+def test_gc_removes_nothing_older_if_nothing_newer_is_whole(url, capsys):
+    flip_the_last_byte(f"{url}/s2")
+    assert main(["gc", url, "--last", "1"]) == 1
+    assert "not one is whole" in capsys.readouterr().out
+    assert [m.name for m in Store(url).list()] == ["s2", "s1"]
+
+
+def test_what_was_set_aside_is_named_checked_and_removed(url, capsys):
+    folder = flip_the_last_byte(f"{url}/s2")
+    with pytest.warns(UserWarning, match="set aside"):
+        Store(url).load_newest()
+    assert main(["show", f"{url}/s2"]) == 2
+    assert "was set aside: " in capsys.readouterr().err
+    assert main(["verify", f"{url}/s2"]) == 1
+    said = capsys.readouterr().out
+    assert "remove damaged.json" in said
+    assert "rank-00000.safetensors is damaged" in said
+    assert main(["gc", url, "--damaged", "--dry-run"]) == 0
+    assert folder.exists()
+    assert main(["gc", url, "--damaged"]) == 0
+    assert not folder.exists()
+    assert [m.name for m in Store(url).list()] == ["s1"]
+
+
+def test_a_file_without_a_checksum_is_not_called_whole(tmp_path, capsys):
+    torch.save({"w": torch.ones(3)}, tmp_path / "foreign.pt")
+    assert main(["verify", str(tmp_path / "foreign.pt")]) == 0
+    assert "no checksum of ours" in capsys.readouterr().out
+
+
 def test_launch_starts_it_as_a_program(url):
     launch = Path(sys.executable).parent / "launch"
     done = subprocess.run([launch, "ckpt", "ls", url], capture_output=True, text=True)

@@ -26,7 +26,7 @@ def files_of(url: str, step: int) -> list[Path]:
     return sorted(Path(open_checkpoint(f"{url}/step-{step:012d}").folder.path).iterdir())
 
 
-@pytest.mark.parametrize("stride", [211, pytest.param(1, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("stride", [211, pytest.param(1, marks=[pytest.mark.soak, pytest.mark.timeout(1500)])])
 def test_every_flipped_bit_of_a_torch_file_is_found(stride, tmp_path):
     began = time.monotonic()
     path = tmp_path / "x.ckpt"
@@ -79,7 +79,7 @@ def repair(url: str, path: Path, content: bytes) -> None:
     assert Store(url).newest().step == 2
 
 
-@pytest.mark.parametrize("stride", [997, pytest.param(1, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("stride", [997, pytest.param(1, marks=[pytest.mark.soak, pytest.mark.timeout(1500)])])
 def test_every_flipped_bit_is_found(url, stride):
     began, tried = time.monotonic(), 0
     for path in files_of(url, 2):

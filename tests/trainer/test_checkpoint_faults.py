@@ -26,7 +26,7 @@ from trainer.checkpoint.saved import After, Entry, SavedList
 from trainer.errors import CheckpointError
 
 # Every call in turn takes a minute; every fifth, with another first one for each kind, is for every day.
-STRIDES = pytest.mark.parametrize("stride", [5, pytest.param(1, marks=pytest.mark.soak)])
+STRIDES = pytest.mark.parametrize("stride", [5, pytest.param(1, marks=[pytest.mark.soak, pytest.mark.timeout(1500)])])
 CALLS = ("open", "write", "fsync", "mkdir", "rename", "replace", "unlink", "remove", "rmdir")
 
 

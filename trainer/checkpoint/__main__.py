@@ -11,13 +11,14 @@ import json
 import sys
 import tempfile
 import time
+import warnings
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 from trainer.checkpoint import catalog, retention, saved
-from trainer.checkpoint.file import load_checkpoint, load_file, save_file, verify_file
+from trainer.checkpoint.file import has_checksum, load_checkpoint, load_file, save_file, verify_file
 from trainer.checkpoint.folder import Folder
-from trainer.checkpoint.manifest import MANIFEST
+from trainer.checkpoint.manifest import DAMAGED, MANIFEST
 from trainer.checkpoint.reader import read_contents, verify
 from trainer.checkpoint.retention import Retention
 from trainer.checkpoint.shards import bytes_of
@@ -70,7 +71,7 @@ def _ls(arguments: argparse.Namespace) -> int:
 def _show(arguments: argparse.Namespace) -> int:
     if _is_file(arguments.checkpoint):
         skeleton, tensors = encode(load_file(arguments.checkpoint))
-        print(f"{arguments.checkpoint}\na torch file")
+        print(f"{arguments.checkpoint}\none file")
         for key, tensor in tensors.items():
             print(f"{key}  {tensor.dtype} {list(tensor.shape)}")
     else:
@@ -91,8 +92,11 @@ def _show(arguments: argparse.Namespace) -> int:
 def _verify(arguments: argparse.Namespace) -> int:
     if _is_file(arguments.checkpoint):
         problems, where = verify_file(arguments.checkpoint), arguments.checkpoint
+        if not problems and not has_checksum(arguments.checkpoint):
+            print(f"{where}: can be read, but holds no checksum of ours: a changed byte would not be noticed")
+            return _OK
     else:
-        checkpoint = catalog.open_checkpoint(arguments.checkpoint)
+        checkpoint = _even_if_set_aside(arguments.checkpoint)
         problems, where = verify(checkpoint, print), checkpoint.path
         if not problems:
             read_contents(checkpoint)
@@ -101,6 +105,15 @@ def _verify(arguments: argparse.Namespace) -> int:
     if not problems:
         print(f"{where}: whole")
     return _BAD if problems else _OK
+
+
+def _even_if_set_aside(url: str) -> catalog.Checkpoint:
+    aside = catalog.set_aside_at(Folder.at(url))
+    found = catalog.read_manifest(aside[0], set_aside=True) if aside else None
+    if found is None:
+        return catalog.open_checkpoint(url)
+    print(f"{aside[0]} was set aside; remove {DAMAGED} in it, and it counts again")
+    return found
 
 
 def _diff(arguments: argparse.Namespace) -> int:
@@ -153,7 +166,8 @@ def _export(arguments: argparse.Namespace) -> int:
         from torch.distributed.checkpoint.state_dict_saver import save
 
         # By way of a local folder: torch renamed its writer for other file systems between 2.11 and 2.15.
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
             save(dict(tensors), checkpoint_id=folder, no_dist=True)
             target.fs.put(folder + "/", target.path + "/", recursive=True)
     return _OK
@@ -170,6 +184,9 @@ def _consolidate(arguments: argparse.Namespace) -> int:
         raise CheckpointError(f"{target.folder} holds {manifest.name} already; nothing is written over.")
     print(target.save(loaded.state, step=manifest.step, name=manifest.name, rank_state=loaded.rank_state,
                       extra=manifest.extra).path)  # fmt: skip
+    if manifest.world_size > 1:
+        print(f"Of the ranks' own states (random numbers, places in streams) it has rank 0's, not the other "
+              f"{manifest.world_size - 1}.")  # fmt: skip
     return _OK
 
 
@@ -185,15 +202,22 @@ def _gc(arguments: argparse.Namespace) -> int:
         print(f"never finished: {part}")
         if not arguments.dry_run:
             part.unlink(missing_ok=True)
-    if arguments.last is not None:
-        policy = Retention(last=arguments.last)
-        if arguments.dry_run:
-            unwanted = policy.removable([c.manifest for c in catalog.checkpoints_in(store)])
-            names = [m.name for m in unwanted]
-        else:
-            names = retention.remove_unwanted(store, policy)
-        for name in names:
-            print(f"older than the last {arguments.last}: {store / name}")
+    if arguments.damaged:
+        for path in (p for p, set_aside in catalog.damaged_in(store).items() if set_aside):
+            print(f"damaged: {path}")
+            if not arguments.dry_run:
+                catalog.remove_attempt(Folder.at(path))
+    return _keep_last(store, arguments.last, dry_run=arguments.dry_run) if arguments.last is not None else _OK
+
+
+def _keep_last(store: Folder, count: int, *, dry_run: bool) -> int:
+    policy = Retention(last=count)
+    unwanted = policy.removable([c.manifest for c in catalog.checkpoints_in(store)])
+    if not dry_run and unwanted and not retention.remove_unwanted(store, policy, lambda c: not verify(c)):
+        print(f"Nothing older is removed: of the last {count} not one is whole (see verify).")
+        return _BAD
+    for manifest in unwanted:
+        print(f"older than the last {count}: {store / manifest.name}")
     return _OK
 
 
@@ -204,9 +228,15 @@ def _is_file(path: str) -> bool:
 
 def _plain(skeleton: Json, path: str = "") -> Iterator[tuple[str, str]]:
     """The plain values of a state by their paths, as JSON."""
+    if isinstance(skeleton, dict) and skeleton.keys() & {"$dict", "$ordered"}:
+        (pairs,) = skeleton.values()
+        if all(isinstance(key, (str, int)) for key, _ in pairs):
+            skeleton = {str(key): value for key, value in pairs}
     if isinstance(skeleton, dict) and not any(key.startswith("$") for key in skeleton):
         for key, value in skeleton.items():
             yield from _plain(value, f"{path}.{key}" if path else key)
+    elif isinstance(skeleton, dict) and "$tuple" in skeleton:
+        yield from _plain(skeleton["$tuple"], path)
     elif isinstance(skeleton, list):
         for index, value in enumerate(skeleton):
             yield from _plain(value, f"{path}.{index}")
@@ -243,6 +273,7 @@ def _parser() -> argparse.ArgumentParser:
     gc = command("gc", _gc, "remove attempts that were never committed", "store")
     gc.add_argument("--older-than", type=float, default=24.0, metavar="HOURS", help="begun so long ago (default 24)")
     gc.add_argument("--last", type=int, metavar="K", help="and all checkpoints but the newest K")
+    gc.add_argument("--damaged", action="store_true", help="and what was set aside as damaged")
     gc.add_argument("--dry-run", action="store_true", help="only say what would go")
     return parser
 

@@ -42,10 +42,10 @@ def attempts_of(folder: Folder) -> list[Checkpoint]:
     return found
 
 
-def read_manifest(folder: Folder) -> Checkpoint | None:
-    """The checkpoint in an attempt's folder; None if it is not committed, or is set aside as damaged."""
+def read_manifest(folder: Folder, *, set_aside: bool = False) -> Checkpoint | None:
+    """The checkpoint in an attempt's folder; None if it is not committed, or was set aside and is not asked for."""
     files = folder.sizes()
-    if MANIFEST not in files or DAMAGED in files:
+    if MANIFEST not in files or (DAMAGED in files and not set_aside):
         return None
     try:
         manifest = Manifest.parse(folder.read(MANIFEST), f"{folder}/{MANIFEST}")
@@ -68,6 +68,7 @@ def open_checkpoint(url: str | os.PathLike[str]) -> Checkpoint:
 
     Raises:
         CheckpointNotFoundError: there is none.
+        CheckpointDamagedError: what there is was set aside; says why.
         CheckpointError: a newer version wrote it.
     """
     folder = Folder.at(url)
@@ -77,12 +78,21 @@ def open_checkpoint(url: str | os.PathLike[str]) -> Checkpoint:
     if found is None:
         candidates = attempts_of(folder) or checkpoints_in(folder)
         if not candidates:
+            aside = set_aside_at(folder)
+            if aside:
+                raise CheckpointDamagedError(f"{aside[0]} was set aside: {aside[0].read(DAMAGED).decode()}")
             raise CheckpointNotFoundError(
                 f"There is no whole checkpoint at {folder}: neither a manifest, nor folders with one. A save that was "
                 "interrupted leaves files without a manifest, which are not a checkpoint."
             )
         found = candidates[0]
     return found
+
+
+def set_aside_at(folder: Folder) -> list[Folder]:
+    """The attempts that were set aside as damaged, of the checkpoint at `<store>/<name>` or `.../<attempt>`."""
+    inside = sorted((n for n in folder.sizes() if attempt_time(n) is not None), reverse=True)
+    return [f for f in (folder, *(folder / name for name in inside)) if DAMAGED in f.sizes()]
 
 
 def damaged_in(store: Folder) -> dict[str, bool]:

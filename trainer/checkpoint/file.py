@@ -20,7 +20,7 @@ from trainer.checkpoint.background import Alone, Background, Saved
 from trainer.checkpoint.folder import Folder
 from trainer.checkpoint.job import FileJob
 from trainer.checkpoint.saved import After
-from trainer.checkpoint.seal import COMMENT_LENGTH, is_sealed, is_whole
+from trainer.checkpoint.seal import COMMENT_LENGTH, TAIL_BYTES, is_sealed, is_whole
 from trainer.checkpoint.values import encode, is_dtensor
 from trainer.checkpoint.writing import blocks_of
 from trainer.errors import CheckpointDamagedError, CheckpointError, CheckpointNotFoundError
@@ -186,6 +186,12 @@ def verify_file(path: str | os.PathLike[str]) -> list[str]:
     except CheckpointDamagedError as error:
         return [str(error)]
     return []
+
+
+def has_checksum(path: str | os.PathLike[str]) -> bool:
+    """Whether we wrote a file, so that `verify_file` knows what its bytes should be."""
+    place = Folder.at(path)
+    return is_sealed(memoryview(place.fs.tail(place.path, TAIL_BYTES)))
 
 
 @contextmanager

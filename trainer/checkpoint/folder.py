@@ -146,13 +146,15 @@ class Folder:
         if not self.local:
             self._stream(f"{self.path}/{name}", blocks)
             return
-        temporary = f".{name}.{os.getpid()}.part"
-        self.remove(temporary)  # of a process that died and had our number
+        part = f".{name}.{os.getpid()}.part"
+        self.remove(part)  # of a process that died and had our number
         try:
-            size = self.write_blocks(temporary, blocks)
-            Path(f"{self.path}/{temporary}").replace(f"{self.path}/{name}")
+            size = self.write_blocks(part, blocks)
+            Path(f"{self.path}/{part}").replace(f"{self.path}/{name}")
+            if Path(f"{self.path}/{part}").exists():
+                raise OSError(errno.EIO, "The file system did not rename", f"{self.path}/{part}")
         except BaseException:
-            self.remove(temporary)
+            self.remove(part)
             raise
         _sync_folder(self.path)
         _check_size(f"{self.path}/{name}", size)

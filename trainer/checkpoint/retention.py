@@ -13,8 +13,9 @@ from trainer.checkpoint import catalog
 from trainer.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
+    from trainer.checkpoint.catalog import Checkpoint
     from trainer.checkpoint.folder import Folder
     from trainer.checkpoint.manifest import Manifest
 
@@ -69,12 +70,17 @@ class Retention:
         return [m for m in newest_first if m.attempt not in kept]
 
 
-def remove_unwanted(store: Folder, retention: Retention) -> list[str]:
-    """Remove what the policy does not keep; returns the names. Nothing goes unless one that stays is complete."""
+def remove_unwanted(
+    store: Folder, retention: Retention, is_good: Callable[[Checkpoint], bool] = catalog.is_complete
+) -> list[str]:
+    """Remove what the policy does not keep; returns the names. Nothing goes unless one that stays is good.
+
+    is_good: by default, whether all files are there: enough for whoever has just written the newest of them.
+    """
     checkpoints = catalog.checkpoints_in(store)
     unwanted = {m.attempt for m in retention.removable([c.manifest for c in checkpoints])}
     staying = (c for c in checkpoints if c.manifest.attempt not in unwanted)
-    if not unwanted or not any(catalog.is_complete(c) for c in staying):
+    if not unwanted or not any(is_good(c) for c in staying):
         return []
     removed = []
     for checkpoint in checkpoints:

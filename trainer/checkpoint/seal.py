@@ -30,6 +30,8 @@ def seal_of(checksums: Sequence[str]) -> bytes:
 
 
 SEAL_BYTES = len(seal_of(()))
+# So much at the end of a file tells whether it has a seal.
+TAIL_BYTES = _END_BYTES + SEAL_BYTES
 _BEGINNING = seal_of(())[:12]
 # What a sealed archive ends with before its seal: the length of the comment.
 COMMENT_LENGTH = struct.pack("<H", SEAL_BYTES)
@@ -37,7 +39,7 @@ COMMENT_LENGTH = struct.pack("<H", SEAL_BYTES)
 
 def is_sealed(content: memoryview) -> bool:
     """Whether the file was written with a seal, even if what shows it is damaged in one of two places, or cut off."""
-    tail = bytes(content[-_END_BYTES - SEAL_BYTES :])
+    tail = bytes(content[-TAIL_BYTES:])
     end = tail.rfind(_END)
     announced = end >= 0 and tail[end + _END_BYTES - 2 : end + _END_BYTES] == COMMENT_LENGTH
     return announced or _BEGINNING in tail
