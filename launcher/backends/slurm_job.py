@@ -170,6 +170,8 @@ class Job:
         """What Slurm says of the stop now that the ranks have left: it may have been cancelled meanwhile, and a
         controller that was away when the signal came may know by now what it was for.
         """
+        if self.stop is not None and self.stop.requeued:
+            return self.stop  # from here on the record lists only the nodes that are not yet done with this life
         unknown = self.stop is not None and self.stop.cause == "unknown"
         with contextlib.suppress(ClusterError):
             self._patiently(self._ask, 20.0, _AWAY_S if unknown else 20.0)
@@ -189,16 +191,32 @@ class Job:
                 self._tool("scontrol", "requeue", self.job_id, timeout_s=20.0)
 
         self._patiently(requeue)
-        if exclude:
-            exclude = [*filter(None, [str(self.slurm.options.get("exclude", ""))]), *exclude]
-            # Refused while the job runs; it takes a moment after the requeue until it does not.
+        self.avoid(exclude)
+
+    def avoid(self, hosts: Sequence[str]) -> None:
+        """Have the next life of the job, which is in the queue again, start on other hosts."""
+        if not hosts:
+            return
+        names = ",".join(filter(None, [str(self.slurm.options.get("exclude", "")), *hosts]))
+        # Refused while the job runs; it takes a moment after the requeue until it does not.
+        within_s = max(1.0, self._kill_wait_s - 1.0)
+        with contextlib.suppress(ClusterError):
+            self._patiently(
+                lambda: self._tool("scontrol", "update", f"JobId={self.job_id}", f"ExcNodeList={names}"),
+                within_s,
+                within_s,
+            )
+
+    def failed_nodes(self) -> dict[str, str]:
+        """The nodes that Slurm stopped the job for, with what it says of each."""
+        found = {}
+        for node in () if self.stop is None else self.stop.nodes:
             with contextlib.suppress(ClusterError):
-                self._patiently(
-                    lambda: self._tool(
-                        "scontrol", "update", f"JobId={self.job_id}", f"ExcNodeList={','.join(exclude)}"
-                    ),
-                    max(1.0, self._kill_wait_s - 1.0),
-                )
+                said = self._tool("scontrol", "show", "node", node, timeout_s=_HURRY_S)
+                if (state := re.search(r"\bState=(\S*(?:DOWN|FAIL|NOT_RESPONDING)\S*|\S+\*\S*)", said)) is not None:
+                    reason = re.search(r"^\s*Reason=(.*?)(?: \[|$)", said, re.MULTILINE)
+                    found[node] = state[1].lower() + (f": {reason[1]}" if reason is not None else "")
+        return found
 
 
 def command(folder: Path) -> list[str]:
@@ -303,7 +321,7 @@ def _conclude(
     by: str = "supervisor",
 ) -> int:
     ledger = verdict.ledger
-    excluded = {**(ledger.excluded or {}), **dict.fromkeys(silent, outcome.cause)}
+    excluded = {**(ledger.excluded or {}), **dict.fromkeys(silent, outcome.cause), **job.failed_nodes()}
     again = verdict.again and (verdict.by_slurm or (job.batch and job.requeues))
     values = {"ledger": replace(ledger, excluded=excluded).to_json(), "goes_on": again}
     cause = None if job.stop is None or outcome.status == "finished" else job.stop.cause
@@ -324,6 +342,8 @@ def _conclude(
     if verdict.by_slurm:
         say(f"{verdict.why}: Slurm has put the job back into the queue")
         folder.event("requeued", job_id=job.before.job_id, restart=job.restart, by="Slurm")
+        folder.close()
+        job.avoid(sorted(excluded))
     elif _mark(folder.path, job, verdict.why, by=by):
         if job.slurm.requeue == "resubmit":
             _resubmit(folder, job, verdict.why, sorted(excluded), say)

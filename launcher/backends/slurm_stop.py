@@ -36,12 +36,14 @@ Cause = Literal["preempted", "time limit", "cancelled", "requeued", "node failur
 class Stop:
     """Why, and when the first process is killed (seconds since 1970; None: nobody has said so).
 
-    requeued: Slurm has already put the job back into the queue, so asking for that is not ours to do.
+    requeued: Slurm has already put the job back into the queue, so asking for that is not ours to do. nodes: those that
+    failed, where that is the cause.
     """
 
     cause: Cause
     deadline: float | None
     requeued: bool = False
+    nodes: tuple[str, ...] = ()
 
 
 def why(before: JobRecord, now: JobRecord | None, *, at: float, grace_s: float, kill_wait_s: float) -> Stop:
@@ -56,8 +58,8 @@ def why(before: JobRecord, now: JobRecord | None, *, at: float, grace_s: float, 
         # PreemptTime, StartTime and EndTime are those of the next life by now.
         if before.preempted is not None:
             return Stop("preempted", at + kill_wait_s, requeued=True)
-        lost = set(before.nodes) - set(now.nodes) if now.nodes else set()
-        return Stop("node failure" if lost else "requeued", at + kill_wait_s, requeued=True)
+        lost = tuple(node for node in before.nodes if node not in now.nodes) if now.nodes else ()
+        return Stop("node failure" if lost else "requeued", at + kill_wait_s, requeued=True, nodes=lost)
     if now.state == "COMPLETING" or now.over:
         if now.state == "PREEMPTED" or (now.preempted is not None and at >= now.preempted + grace_s):
             return Stop("preempted", at + kill_wait_s)  # PreemptMode=CANCEL; before its end a grace is cut by scancel

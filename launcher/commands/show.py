@@ -49,6 +49,7 @@ def _json(standing: Standing) -> dict[str, object]:
         return standing.to_json()
     return standing.to_json() | {
         "history": history.read(standing.folder).to_json(),
+        "avoids": _avoided(standing),
         "failure": read_json(standing.folder / "failure.json") if standing.status == "failed" else None,
     }
 
@@ -66,6 +67,8 @@ def _text(s: Standing) -> list[str]:
     )
     if s.elements:
         return [*text, *_facts(facts), "", *rows(s.elements, width())]
+    if avoided := _avoided(s):
+        facts["avoids"] = "; ".join(f"{host} ({why})" for host, why in avoided.items())
     past = history.read(s.folder)
     if past.attempts:
         facts["time"] = _times(past)
@@ -77,6 +80,12 @@ def _text(s: Standing) -> list[str]:
     if s.status == "failed" and (report := _failure(s)):
         text += ["", report]
     return text
+
+
+def _avoided(s: Standing) -> dict[str, str]:
+    """Hosts that the run does not go to again, and why."""
+    ledger = (read_json(s.folder / "state.json") or {}).get("ledger", {})
+    return ledger.get("excluded") or {}
 
 
 def _ranks(s: Standing) -> str:

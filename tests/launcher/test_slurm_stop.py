@@ -29,7 +29,7 @@ NEXT_LIFE = replace(RUNS, state="COMPLETING", restarts=1, start=1100.0, end=1700
         (GRACE, replace(GRACE, state="COMPLETING"), Stop("cancelled", 1105.0)),  # by scancel, in the grace
         (RUNS, NEXT_LIFE, Stop("requeued", 1105.0, requeued=True)),
         (RUNS, replace(NEXT_LIFE, state="PENDING", nodes=()), Stop("requeued", 1105.0, requeued=True)),
-        (RUNS, replace(NEXT_LIFE, nodes=("node2",)), Stop("node failure", 1105.0, requeued=True)),
+        (RUNS, replace(NEXT_LIFE, nodes=("node2",)), Stop("node failure", 1105.0, requeued=True, nodes=("node1",))),
         (RUNS, replace(RUNS, state="NODE_FAIL"), Stop("node failure", 1105.0)),
         (RUNS, replace(RUNS, state="COMPLETING", reason="TimeLimit"), Stop("time limit", 1105.0)),
         (RUNS, replace(RUNS, state="TIMEOUT"), Stop("time limit", 1105.0)),
