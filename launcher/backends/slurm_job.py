@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from launcher import index
 from launcher.backends.slurm_records import SCONTROL, JobRecord, query_environment, read_scontrol
 from launcher.backends.slurm_requeue import Ledger, Verdict, decide
-from launcher.backends.slurm_stop import Stop, grace_of_partition, kill_wait_of_config, why
+from launcher.backends.slurm_stop import Stop, grace_of_partition, kill_wait_of_config, lead, why
 from launcher.backends.slurm_tools import AwayError, ask
 from launcher.errors import ClusterError, LaunchError, MeetingError
 from launcher.gang import Outcome
@@ -43,9 +43,6 @@ __all__ = ["Job", "bootstrap", "command", "run"]
 _HURRY_S = 5.0
 # How long a controller may be away: a restart takes seconds, the failover to another one minutes.
 _AWAY_S = 600.0
-# Until a save was measured, so long before the time limit, but at most this part of it.
-_FIRST_LEAD_S = 60.0
-_LEAD_PART = 0.25
 
 
 @dataclass(frozen=True)
@@ -149,11 +146,7 @@ class Job:
         """Seconds before the time limit at which the ranks are told."""
         if self.slurm.stop_lead_s is not None:
             return self.slurm.stop_lead_s
-        most = _LEAD_PART * (self.before.limit_s or 0.0)
-        if self._save_s is None:
-            return min(_FIRST_LEAD_S, most)
-        # Half as long again as the slowest save, and what it takes to end the step and to requeue.
-        return max(min(1.5 * self._save_s + 10.0, (self.before.limit_s or 0.0) / 2), min(15.0, most))
+        return lead(self.before.limit_s or 0.0, self._save_s)
 
     @property
     def orphan_grace_s(self) -> float:

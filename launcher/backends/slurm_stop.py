@@ -27,7 +27,7 @@ from launcher.errors import ClusterError
 if TYPE_CHECKING:
     from launcher.backends.slurm_records import JobRecord
 
-__all__ = ["Cause", "Stop", "grace_of_partition", "kill_wait_of_config", "why"]
+__all__ = ["Cause", "Stop", "grace_of_partition", "kill_wait_of_config", "lead", "why"]
 
 Cause = Literal["preempted", "time limit", "cancelled", "requeued", "node failure", "killed", "signalled", "unknown"]
 
@@ -75,6 +75,17 @@ def why(before: JobRecord, now: JobRecord | None, *, at: float, grace_s: float, 
         ends = [now.preempted + grace_s] + ([] if now.end is None else [now.end])
         return Stop("preempted", min(ends))
     return Stop("signalled", now.end if now.limit_s is not None else None)
+
+
+def lead(limit_s: float, save_s: float | None) -> float:
+    """How many seconds before a time limit of `limit_s` the ranks are to be told of it.
+
+    save_s: the slowest save so far; None: none was measured.
+    """
+    if save_s is None:
+        return min(60.0, limit_s / 4)
+    # Half as long again as the slowest save, and what it takes to end the step and to requeue.
+    return max(min(1.5 * save_s + 10.0, limit_s / 2), min(15.0, limit_s / 4))
 
 
 def grace_of_partition(text: str) -> float:

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from launcher.backends.slurm_records import JobRecord
-from launcher.backends.slurm_stop import Stop, grace_of_partition, kill_wait_of_config, why
+from launcher.backends.slurm_stop import Stop, grace_of_partition, kill_wait_of_config, lead, why
 from launcher.errors import ClusterError
 
 RUNS = JobRecord(
@@ -42,6 +42,21 @@ NEXT_LIFE = replace(RUNS, state="COMPLETING", restarts=1, start=1100.0, end=1700
 )
 def test_cause_and_deadline(before, now, stop):
     assert why(before, now, at=1100.0, grace_s=20.0, kill_wait_s=5.0) == stop
+
+
+@pytest.mark.parametrize(
+    ("limit_s", "save_s", "told"),
+    [
+        (86400, None, 60),
+        (120, None, 30),  # a quarter of a short limit
+        (86400, 0.5, 15),
+        (86400, 100, 160),
+        (300, 1000, 150),  # it cannot save in time: half of the limit is for training all the same
+        (40, 0.5, 10.75),
+    ],
+)
+def test_the_time_before_a_limit_is_learned_from_saves(limit_s, save_s, told):
+    assert lead(limit_s, save_s) == told
 
 
 def test_the_times_of_a_cluster():
