@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import mmap
 import os
 import resource
 import selectors
@@ -20,30 +19,40 @@ import socket
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from launcher import worker
-from launcher.channel import Channel, Message, keep_alive, pair
-from launcher.errors import LaunchError, MeetingError, UsageError
+from launcher.arrival import connect, first_messages, look_around, own_stdio, parse, tell_why
+from launcher.channel import Channel, PipeChannel, pair
+from launcher.errors import LaunchError, UsageError
 from launcher.failure import RankExit, read_error_file, signal_name
-from launcher.logs import Console, RankLog, prefix_for
+from launcher.hangs import EVERY_S
+from launcher.logs import Console, Forwarded, RankLog, prefix_for
 from launcher.processes import become_subreaper, die_with_parent, end_descendants, outlive_parent, threads_of
-from launcher.progress import PAGE, Progress
 from launcher.spec import LaunchSpec, keeps_terminal
+from launcher.stacks import SIGNAL, merged
 from launcher.topology import Place, World, places, rank_environment
+from launcher.watching import RankView
 from launcher.zygote import serve
+
+if TYPE_CHECKING:
+    from launcher.channel import Link, Message
+    from launcher.progress import Progress
 
 __all__ = ["main"]
 
 _PROGRESS_EVERY_S = 5.0  # rank 0's node tells the supervisor, if anything has changed
+_SILENT_S = 10.0  # the supervisor says that it is there every second, where the kernel cannot tell
+_STACKS_WITHIN_S = 1.0  # a rank that can write its stacks at all does so in milliseconds
 _ABORT_GRACE_S = 1.0  # after a failure nothing can be saved any more
 
 
 def main(argv: list[str]) -> dict[str, Any] | None:
     """Run a node's agent. Returns only in a forked rank, with its order; the agent itself exits.
 
-    argv: `fd N` (a socket inherited from the supervisor), `tcp HOST PORT` (token in LAUNCH_TOKEN), or `srun PORT` (the
-    same, started by the supervisor's srun: Slurm says where it is, and which node this is).
+    argv: `fd N` (a socket inherited from the supervisor), `tcp HOST PORT` (token in LAUNCH_TOKEN), `srun PORT` (the
+    same, started by the supervisor's srun: Slurm says where it is, and which node this is), or `stdio` (started by the
+    supervisor's ssh, over which all goes).
     LAUNCH_STARTER_PID: the process that started it and must not be outlived. Once an `fd` agent listens to its socket,
     that tells it of the end, and leaves it time to ask its ranks to leave.
     """
@@ -59,18 +68,20 @@ def main(argv: list[str]) -> dict[str, Any] | None:
     if argv[0] == "srun":
         base["LAUNCH_NODE_RANK"] = os.environ["LAUNCH_NODE_RANK"] = os.environ["SLURM_PROCID"]
         argv = ["tcp", os.environ["SLURM_LAUNCH_NODE_IPADDR"], argv[1]]
-    link: Channel | None = None
+    link: Link | None = None
     node: Node | None = None
     heir: list[str] = []
     try:
         if argv[0] == "fd":
             link = Channel(socket.socket(fileno=int(argv[1])))
+        elif argv[0] == "stdio":
+            link = own_stdio()
         else:
-            link = Channel(_connect(argv[1], int(argv[2]), join_timeout_s))
-        spec = None
+            link = Channel(connect(argv[1], int(argv[2]), join_timeout_s))
+        spec: LaunchSpec | None = None
         if own_spec:
             with open(int(own_spec)) as file:
-                spec = LaunchSpec.from_json(_parse(file.read()))
+                spec = LaunchSpec.from_json(parse(file.read()))
         node_rank = os.environ.get("LAUNCH_NODE_RANK")
         base.pop("LAUNCH_NODE_RANK", None)
         link.send(
@@ -82,16 +93,18 @@ def main(argv: list[str]) -> dict[str, Any] | None:
                     "now_ns": time.monotonic_ns(),
                     "node_rank": None if node_rank is None else int(node_rank),
                     "procs": None if spec is None else spec.procs,
-                    "address": _local_address(link.sock),
+                    "address": link.local_address,
                 }
             }
         )
-        welcome, orders = _first_messages(link, join_timeout_s)
+        welcome, orders = first_messages(link, join_timeout_s)
         if "end" in welcome:  # stopped before it began
             os._exit(int(welcome["end"]["code"]))
         heir = welcome["heir"]
         if spec is None:
             spec = LaunchSpec.from_json(welcome["spec"])
+        if argv[0] == "stdio":
+            look_around(spec, Path(welcome["run_dir"]), welcome["created"])
         zygote, zygote_pid, order = _fork_zygote(spec, base, link)
         if order is not None:
             return order
@@ -104,12 +117,13 @@ def main(argv: list[str]) -> dict[str, Any] | None:
             zygote,
             zygote_pid,
             orders,
+            scheduled=welcome["scheduled"],
             orphan_grace_s=welcome["orphan_grace_s"],
         )
         code = _run(node, listens_to_starter=argv[0] == "fd")
     except LaunchError as error:
         code = error.exit_code
-        _tell_why(link, error)
+        tell_why(link, error)
     except ConnectionError as error:
         code = 1  # the supervisor is gone; on its own machine it, or whoever killed it, tells the story
         if argv[0] == "tcp":
@@ -123,79 +137,7 @@ def main(argv: list[str]) -> dict[str, Any] | None:
     os._exit(code)
 
 
-def _tell_why(link: Channel | None, error: LaunchError) -> None:
-    """To the supervisor, whose report names it; to this node's own screen if that cannot be."""
-    try:
-        if link is None or link.closed:
-            raise ConnectionResetError
-        link.send({"leaving": {"why": str(error), "code": error.exit_code}})
-    except ConnectionError:
-        sys.stderr.write(f"launch: agent on {socket.gethostname()}: {error}\n")
-
-
-def _parse(text: str) -> dict[str, Any]:
-    import json
-
-    data = json.loads(text)
-    if not isinstance(data, dict):
-        raise UsageError("the node's spec is no JSON object")
-    return data
-
-
-def _connect(host: str, port: int, timeout_s: float) -> socket.socket:
-    """Reach the supervisor, which may be started minutes later than this node."""
-    deadline = time.monotonic() + timeout_s
-    tried: dict[str, str] = {}
-    while True:
-        try:
-            infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        except OSError as error:
-            tried[host] = f"no address: {error}"
-            infos = []
-        for family, kind, protocol, _, address in infos:
-            sock = socket.socket(family, kind, protocol)
-            sock.settimeout(10)
-            try:
-                sock.connect(address)
-            except OSError as error:
-                tried[str(address[0])] = str(error)
-                sock.close()
-                continue
-            sock.settimeout(None)
-            keep_alive(sock)
-            return sock
-        if time.monotonic() > deadline:
-            attempts = "; ".join(f"{address}: {error}" for address, error in tried.items())
-            raise MeetingError(
-                f"nobody answers at {host} port {port} for {timeout_s:g} s (tried {attempts}). Is node 0 started, "
-                "with the same --rdzv-endpoint, and is the port open between the nodes?"
-            )
-        time.sleep(0.2)
-
-
-def _local_address(sock: socket.socket) -> str | None:
-    """The node's address on the way to the supervisor: the one that peers are most likely to reach."""
-    return None if sock.family == socket.AF_UNIX else str(sock.getsockname()[0])
-
-
-def _first_messages(link: Channel, timeout_s: float) -> tuple[Message, list[Message]]:
-    """The supervisor's welcome, and whatever came right behind it."""
-    with selectors.DefaultSelector() as selector:
-        selector.register(link, selectors.EVENT_READ)
-        deadline = time.monotonic() + timeout_s
-        while time.monotonic() < deadline:
-            selector.select(deadline - time.monotonic())
-            if messages := link.receive():
-                if "refused" in messages[0]:
-                    link.close()  # the supervisor does not listen any more: why is for this node's own screen
-                    raise MeetingError(f"refused by the supervisor: {messages[0]['refused']}")
-                return messages[0], messages[1:]
-            if link.closed:
-                raise ConnectionResetError("the supervisor closed the connection")
-    raise MeetingError(f"the supervisor said nothing for {timeout_s:g} s")
-
-
-def _fork_zygote(spec: LaunchSpec, base: dict[str, str], link: Channel) -> tuple[Channel, int, dict[str, Any] | None]:
+def _fork_zygote(spec: LaunchSpec, base: dict[str, str], link: Link) -> tuple[Channel, int, dict[str, Any] | None]:
     """Preload and fork: the channel to the zygote and its pid; in a forked rank the last value is its order."""
     ours, theirs = pair()
     if spec.procs > 1:
@@ -229,7 +171,7 @@ def _fork_zygote(spec: LaunchSpec, base: dict[str, str], link: Channel) -> tuple
     pid = os.fork()
     if pid == 0:
         ours.close()
-        link.sock.close()
+        link.close()
         return theirs, 0, serve(theirs)
     theirs.close()
     os.environ.clear()
@@ -258,12 +200,13 @@ class Node:
         run_id: str,
         run_dir: Path,
         base: dict[str, str],
-        link: Channel,
+        link: Link,
         zygote: Channel,
         zygote_pid: int,
         orders: list[Message],
         *,
-        orphan_grace_s: float | None = None,
+        scheduled: bool,
+        orphan_grace_s: float,
     ) -> None:
         self.spec = spec
         self.run_id = run_id
@@ -273,8 +216,8 @@ class Node:
         self.link = link
         self.zygote = zygote
         self._zygote_pid = zygote_pid
-        self._orphan_grace_s = orphan_grace_s  # what a scheduler leaves the ranks when it ends the supervisor
-        self._scheduled = orphan_grace_s is not None
+        self._orphan_grace_s = orphan_grace_s  # what is left to the ranks when the supervisor is gone
+        self._scheduled = scheduled
         self._signalled_ns: int | None = None
         self.dismissed = False
         self._told: Progress | None = None
@@ -283,7 +226,10 @@ class Node:
         self.exits: dict[int, RankExit] = {}  # by local rank
         self._pids: dict[int, int] = {}  # alive, by local rank
         self._logs: dict[int, RankLog] = {}
-        self._pages: dict[int, tuple[int, mmap.mmap]] = {}
+        self._views: dict[int, RankView] = {}
+        self._look_at = 0.0
+        self._asked_for: str | None = None  # stacks, under this name
+        self._collect_at = 0.0
         self._places: dict[int, Place] = {}
         self._world: World | None = None
         self._asked_ns: int | None = None
@@ -293,7 +239,11 @@ class Node:
         self._oom_kills = _oom_kills()
         self._selector = selectors.DefaultSelector()
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self.console = Console(on_drained=lambda: self._wake(b"\0"))
+        self._forwarded = Forwarded(link) if isinstance(link, PipeChannel) else None
+        self._heard = time.monotonic()
+        self.console = Console(
+            on_drained=lambda: self._wake(b"\0"), write=os.write if self._forwarded is None else self._forwarded.write
+        )
         self._signals: list[int] = []
         for source in (link, zygote, self._wake_read):
             self._selector.register(source, selectors.EVENT_READ)
@@ -316,6 +266,7 @@ class Node:
         """Start this node's ranks; returns their pids by local rank."""
         self._world, self._asked_ns, self._kill_at, self._swept = world, None, None, False
         self._signalled_ns = None
+        self._look_at = time.monotonic() + EVERY_S
         self.exits, self._pids, self._oom_kills = {}, {}, _oom_kills()
         folder = self.run_dir / "logs" / f"attempt-{world.attempt}"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -329,9 +280,7 @@ class Node:
         spec, local = self.spec, place.local_rank
         error_file = folder / f"rank-{place.rank}.error.json"
         error_file.unlink(missing_ok=True)
-        page = os.memfd_create(f"launch-progress-{place.rank}", os.MFD_CLOEXEC)
-        os.ftruncate(page, PAGE)
-        self._pages[local] = (page, mmap.mmap(page, PAGE, prot=mmap.PROT_READ))
+        view = self._views[local] = RankView(place.rank, spec.hang_timeout_s)
         terminal = keeps_terminal(spec)
         ends: tuple[int, ...] = ()
         if not terminal:
@@ -349,7 +298,7 @@ class Node:
             run_id=self.run_id,
             run_dir=str(self.run_dir),
             error_file=str(error_file),
-            progress=f"/proc/{os.getpid()}/fd/{page}",
+            progress=view.page,
         )
         first: list[str] = []
         if spec.code is not None:
@@ -369,6 +318,7 @@ class Node:
             "terminal": terminal,
             "stdin": spec.procs == 1 and spec.nodes == 1,
             "fork": bool(spec.preload),
+            "stacks": view.stacks,
         }
         self.zygote.send(order, ends)
         for end in ends:
@@ -413,6 +363,13 @@ class Node:
         if self._kill_at is not None and self._pids:
             left = max(0.0, self._kill_at - time.monotonic())
             timeout_s = left if timeout_s is None else min(timeout_s, left)
+        if self._forwarded is not None and not self.link.closed:
+            left = max(0.0, self._heard + _SILENT_S - time.monotonic())
+            timeout_s = left if timeout_s is None else min(timeout_s, left)
+        if self._pids:
+            at = min(self._look_at, self._collect_at) if self._asked_for is not None else self._look_at
+            left = max(0.0, at - time.monotonic())
+            timeout_s = left if timeout_s is None else min(timeout_s, left)
         tells = self._scheduled and 0 in self._pids and self._places[0].rank == 0
         if tells:
             left = max(0.0, self._tell_at - time.monotonic())
@@ -428,6 +385,14 @@ class Node:
                 self._read(key.fileobj, key.data)
         if tells and time.monotonic() >= self._tell_at:
             self._tell_progress()
+        if time.monotonic() >= self._look_at:
+            self._look_at = time.monotonic() + EVERY_S
+            self._look_for_hangs()
+        if self._asked_for is not None and time.monotonic() >= self._collect_at:
+            self._collect_stacks(self._asked_for)
+        if self._forwarded is not None and not self.link.closed and time.monotonic() - self._heard > _SILENT_S:
+            self.link.closed = self.link.unreachable = True
+            self._hear_supervisor()
         if self._kill_at is not None and self._pids and time.monotonic() >= self._kill_at:
             for local in self._pids:
                 self.zygote.send({"order": "kill", "key": str(local)})
@@ -453,6 +418,7 @@ class Node:
         log = self._logs.get(local)
         if log is None or pipe not in log.pipes:
             return  # its rank was reaped, and its pipes read to the end, earlier in this turn
+        self._views[local].printed()
         if log.held_up(pipe):
             self._selector.unregister(pipe)
             self._paused.add(pipe)
@@ -466,15 +432,41 @@ class Node:
 
     def _tell_progress(self) -> None:
         self._tell_at = time.monotonic() + _PROGRESS_EVERY_S
-        if 0 in self._pages and (progress := Progress.of_page(self._pages[0][1])) not in (None, self._told):
+        if 0 in self._views and (progress := self._views[0].progress) not in (None, self._told):
             self._told = progress
             self._report({"progress": progress.to_json()})
+
+    def _look_for_hangs(self) -> None:
+        for local, view in self._views.items():
+            if local in self._pids and self._asked_ns is None and (stalled := view.stalled()) is not None:
+                seconds, tells = stalled
+                self._report({"stalled": {"rank": view.rank, "seconds": seconds, "tells": tells}})
+
+    def _ask_for_stacks(self, name: str) -> None:
+        if self._asked_for is None:
+            self._asked_for, self._collect_at = name, time.monotonic() + _STACKS_WITHIN_S
+            for local in self._pids:
+                self._views[local].forget_stacks()
+                self.zygote.send({"order": "signal", "key": str(local), "number": int(SIGNAL)})
+
+    def _collect_stacks(self, name: str) -> None:
+        """Whole into this node's file, and what tells the ranks apart to the supervisor."""
+        self._asked_for = None
+        groups = [self._views[local].place(pid) for local, pid in sorted(self._pids.items())]
+        if groups:
+            folder = self.run_dir / "stacks" / name
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            node = self._places[0].node
+            whole = "".join(f"rank {g.ranks[0]} on {self.host}: {g.where}\n{g.sample}\n" for g in groups)
+            (folder / f"node-{node}.txt").write_text(whole)
+        self._report({"stacks": name, "groups": [g.to_json() for g in merged(groups)]})
 
     def _report(self, message: Message) -> None:
         if not self.link.closed:  # without a supervisor the ranks are still brought to their end
             self.link.send(message)
 
     def _hear_supervisor(self) -> None:
+        self._heard = time.monotonic()
         for message in self.link.receive():
             if "stop" in message:
                 self.stop(message["stop"]["grace_s"])
@@ -482,7 +474,11 @@ class Node:
                 self.stop(_ABORT_GRACE_S)
             elif "kill" in message:
                 self.stop(0.0)
-            else:
+            elif "stacks" in message:
+                self._ask_for_stacks(message["stacks"])
+            elif "shown" in message and self._forwarded is not None:
+                self._forwarded.shown(message["shown"])
+            elif "here" not in message:
                 self.dismissed = self.dismissed or "end" in message
                 self.orders.append(message)
         if self.link.closed:
@@ -492,10 +488,9 @@ class Node:
 
     def _abandon(self) -> None:
         """The supervisor is gone: nothing that we started may outlive it."""
-        grace_s = _ABORT_GRACE_S if self._orphan_grace_s is None else self._orphan_grace_s
         with contextlib.suppress(ConnectionError):
-            self.stop(grace_s)
-            deadline = time.monotonic() + grace_s + 1
+            self.stop(self._orphan_grace_s)
+            deadline = time.monotonic() + self._orphan_grace_s + 1
             while self._pids and time.monotonic() < deadline:
                 self.turn(0.1)
             self.zygote.send({"order": "quit"})
@@ -530,10 +525,9 @@ class Node:
                 self._paused.discard(pipe)
             log.close()
             tail = tuple(log.tail)
-        page, mapping = self._pages.pop(local)
-        progress = Progress.of_page(mapping)
-        mapping.close()
-        os.close(page)
+        view = self._views.pop(local)
+        progress = view.progress
+        view.close()
         error = read_error_file(folder / f"rank-{place.rank}.error.json")
         told_ns = None if error is None else error.get("monotonic_ns")
         asked = any(t is not None and (told_ns or report["ns"]) >= t for t in (self._asked_ns, self._signalled_ns))
@@ -570,6 +564,8 @@ class Node:
         with contextlib.suppress(ConnectionError):
             self.zygote.send({"order": "quit"})
         end_descendants()
+        if self._forwarded is not None:
+            self._forwarded.open()  # nobody hears here any more that there is room
         self.console.close()
         signal.set_wakeup_fd(-1)
         self._selector.close()

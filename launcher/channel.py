@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import array
 import errno
+import ipaddress
 import json
 import os
+import select
 import socket
 import struct
+import threading
 from collections import deque
 from typing import Any
 
@@ -23,47 +26,43 @@ _MAX_FDS = 64
 _SILENCE = (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.EHOSTDOWN, errno.ENETUNREACH)
 
 
-class Channel:
+class Link:
     """One end of a connection. Sending blocks until the kernel has taken the frame; receiving never blocks.
 
     Raises `ConnectionError` from `send` when the other end is gone; `receive` then returns what was still complete
     and sets `closed`. `unreachable`: not the other process ended, but its host or the way to it no longer answers.
     """
 
-    def __init__(self, sock: socket.socket) -> None:
-        self.sock = sock
+    def __init__(self) -> None:
         self.closed = False
         self.unreachable = False
         self._buffer = bytearray()
         self._fds: deque[int] = deque()
 
     def fileno(self) -> int:
-        return self.sock.fileno()
+        raise NotImplementedError
+
+    def _write(self, frame: memoryview, fds: tuple[int, ...]) -> None:
+        raise NotImplementedError
+
+    def _read(self) -> bytes:
+        """What is there, empty at the end; `BlockingIOError` if nothing is."""
+        raise NotImplementedError
+
+    @property
+    def local_address(self) -> str | None:
+        """Of this host, on the way to the other end; None if there is none."""
+        raise NotImplementedError
 
     def send(self, message: Message, fds: tuple[int, ...] = ()) -> None:
         body = json.dumps(message | {"fds": len(fds)} if fds else message, separators=(",", ":")).encode()
-        frame = memoryview(_LENGTH.pack(len(body)) + body)
-        self.sock.setblocking(True)
-        if fds:
-            sent = self.sock.sendmsg([frame], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))])
-            frame = frame[sent:]
-        if frame:
-            self.sock.sendall(frame)
+        self._write(memoryview(_LENGTH.pack(len(body)) + body), fds)
 
     def receive(self) -> list[Message]:
         """All complete messages that have arrived; a message sent with descriptors holds them as `fds`."""
-        self.sock.setblocking(False)
         try:
             while not self.closed:
-                if self.sock.family == socket.AF_UNIX:
-                    data, ancillary, _, _ = self.sock.recvmsg(1 << 16, socket.CMSG_SPACE(_MAX_FDS * 4))
-                    for level, kind, payload in ancillary:
-                        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                            fds = array.array("i")
-                            fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
-                            self._fds.extend(fds)
-                else:
-                    data = self.sock.recv(1 << 16)
+                data = self._read()
                 self.closed = not data
                 self._buffer += data
         except BlockingIOError:
@@ -103,9 +102,82 @@ class Channel:
 
     def close(self) -> None:
         self.closed = True
-        self.sock.close()
         while self._fds:
             os.close(self._fds.popleft())
+
+
+class Channel(Link):
+    """A connection by a socket."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        super().__init__()
+        self.sock = sock
+
+    def fileno(self) -> int:
+        return self.sock.fileno()
+
+    @property
+    def local_address(self) -> str | None:
+        return None if self.sock.family == socket.AF_UNIX else str(self.sock.getsockname()[0])
+
+    def _write(self, frame: memoryview, fds: tuple[int, ...]) -> None:
+        self.sock.setblocking(True)
+        if fds:
+            sent = self.sock.sendmsg([frame], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))])
+            frame = frame[sent:]
+        if frame:
+            self.sock.sendall(frame)
+
+    def _read(self) -> bytes:
+        self.sock.setblocking(False)
+        if self.sock.family != socket.AF_UNIX:
+            return self.sock.recv(1 << 16)
+        data, ancillary, _, _ = self.sock.recvmsg(1 << 16, socket.CMSG_SPACE(_MAX_FDS * 4))
+        for level, kind, payload in ancillary:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                fds = array.array("i")
+                fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
+                self._fds.extend(fds)
+        return data
+
+    def close(self) -> None:
+        super().close()
+        self.sock.close()
+
+
+class PipeChannel(Link):
+    """A connection by two descriptors, as sshd gives them to a command. Descriptors do not travel with its frames."""
+
+    def __init__(self, reads: int, writes: int, local_address: str | None) -> None:
+        super().__init__()
+        self._reads, self._writes, self._local_address = reads, writes, local_address
+        self._sending = threading.Lock()  # the console's thread sends too
+        os.set_blocking(reads, False)
+
+    def fileno(self) -> int:
+        return self._reads
+
+    @property
+    def local_address(self) -> str | None:
+        return self._local_address
+
+    def _write(self, frame: memoryview, fds: tuple[int, ...]) -> None:
+        assert not fds
+        with self._sending:
+            while frame:
+                try:
+                    frame = frame[os.write(self._writes, frame) :]
+                except BlockingIOError:  # noqa: PERF203  # both may be one socket, so this one does not block either
+                    select.select([], [self._writes], [])
+
+    def _read(self) -> bytes:
+        return os.read(self._reads, 1 << 16)
+
+    def close(self) -> None:
+        super().close()
+        for descriptor in {self._reads, self._writes} - {-1}:
+            os.close(descriptor)
+        self._reads = self._writes = -1
 
 
 def pair() -> tuple[Channel, Channel]:
@@ -124,3 +196,16 @@ def keep_alive(sock: socket.socket) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 1)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 4000)
+
+
+def is_loopback(address: str) -> bool:
+    """Whether an IP address means the host itself and nothing to others."""
+    return ipaddress.ip_address(address.partition("%")[0]).is_loopback
+
+
+def address_towards(other: str) -> str:
+    """The IP address of this host on the way to another IP address. Raises `OSError` if there is no way."""
+    family, _, _, _, where = socket.getaddrinfo(other, 9, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, socket.SOCK_DGRAM) as sock:
+        sock.connect(where)  # nothing is sent
+        return str(sock.getsockname()[0])

@@ -20,6 +20,7 @@ from launcher.errors import LaunchError, RunError, UsageError
 from launcher.request import parse, slurm_name
 from launcher.spec import keeps_terminal
 from launcher.standing import look
+from launcher.starting import launch_apart
 
 if TYPE_CHECKING:
     import socket
@@ -133,6 +134,8 @@ def start(argv: Sequence[str]) -> int:
             folder.change_spec(dataclasses.replace(spec, code=code.copy(path)))
         if request.where == "job":
             return _submit(folder, detach=request.detach)
+        if request.detach:
+            return _go_apart(folder)
         return _work(folder, listener)
 
 
@@ -236,11 +239,17 @@ def _work(folder: runs.RunFolder, listener: socket.socket | None) -> int:
 
         _register(folder.path, folder.created)
         return slurm_job.run(folder, say)
-    backend = "local" if listener is None else f"meeting at {spec.meeting.endpoint if spec.meeting else ''}"
+    backend = "local" if spec.ssh is None else "ssh"
+    if spec.meeting is not None:
+        backend = f"meeting at {spec.meeting.endpoint}"
     again = f", attempt {state['attempt'] + 1}" if state["attempt"] >= 0 else ""
     say(f"{backend}, run {folder.run_id}{again}: {_size(spec)}, folder {folder.path}")
     _register(folder.path, folder.created)
-    if listener is None:
+    if spec.ssh is not None:
+        from launcher.backends import ssh
+
+        outcome = ssh.run(folder, say)
+    elif listener is None:
         from launcher.backends import local
 
         outcome = local.run(folder, say)
@@ -271,6 +280,18 @@ def _submit(folder: runs.RunFolder, *, detach: bool) -> int:
     except KeyboardInterrupt:
         say(f"job {job_id} goes on; come back with: launch logs -f {job_id}   end it with: launch cancel {job_id}")
         return 0
+
+
+def _go_apart(folder: runs.RunFolder) -> int:
+    if folder.state()["status"] == "finished":
+        say(f"run {folder.run_id} is finished already (folder {folder.path}); nothing to do")
+        return 0
+    _register(folder.path, folder.created)
+    folder.close()  # it is the other's now
+    launch_apart(folder.path)
+    say(f"ssh, run {folder.run_id}: {_size(folder.spec)}, folder {folder.path}; see: launch logs -f {folder.run_id}")
+    print(folder.run_id)
+    return 0
 
 
 def _register(path: Path, created: float, job_id: str | None = None) -> None:

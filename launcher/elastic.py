@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
 
     from launcher.agent import Node
+
+_REACH_S = 30.0
 
 __all__ = ["GangRendezvous", "NodeAgent", "run_agent"]
 
@@ -104,11 +107,28 @@ class GangRendezvous(RendezvousHandler):
         )
         self.world, self.index = world, order["node"]
         if self._store is None:
-            # Proves, before a rank is started, that this node reaches the store.
+            self._reach(world.store_addr, world.store_port)
             self._store = TCPStore(world.store_addr, world.store_port, None, False)
         return RendezvousInfo(
             self._store, self.index, len(world.slots), RendezvousStoreInfo(world.store_addr, world.store_port)
         )
+
+    def _reach(self, address: str, port: int) -> None:
+        """Prove, before a rank is started, that this node reaches the store: TCPStore itself would try for minutes,
+        deaf to the supervisor, and name no address.
+        """
+        deadline = time.monotonic() + _REACH_S
+        while True:
+            try:
+                socket.create_connection((address, port), timeout=2).close()
+                return
+            except OSError as error:
+                if time.monotonic() > deadline:
+                    raise MeetingError(
+                        f"it cannot reach node 0 at {address} port {port}: {error}. Are all ports open between the "
+                        "nodes? --local-addr names another address of node 0"
+                    ) from error
+            self._node.turn(0.5)
 
     def is_closed(self) -> bool:
         return self._closed

@@ -91,6 +91,7 @@ class Gang:
         self.failure = failure  # the last one, by what it was and where: the same again is not worth another try
         self._reached: dict[int, Progress] = {}
         self._hurried = False
+        self._hung: str | None = None
         self._hopeless: int | None = None
 
     @property
@@ -187,6 +188,13 @@ class Gang:
             actions = self._tell({"abort": {}})
         return actions + self._next_if_quiet()
 
+    def hung(self, cause: str) -> list[Action]:
+        """The ranks no longer get anywhere: they are killed, and that is a failure like another."""
+        if self.phase is not Phase.RUNNING:
+            return []
+        self.phase, self._hung = Phase.STOPPING, cause
+        return self._tell({"abort": {}})
+
     def stop(self, cause: str, grace_s: float | None = None) -> list[Action]:
         """A request to save and leave, within `grace_s` if it is not the usual; a second one ends the grace."""
         if self.phase is Phase.ENDED:
@@ -223,7 +231,7 @@ class Gang:
         root = find_root(self.exits.values())
         gone = [(i, n.gone) for i, n in enumerate(self.nodes) if n.gone is not None]
         codes = {e.code for e in self.exits.values()}
-        if root is None and not gone:
+        if root is None and not gone and self._hung is None:
             if codes == {0} and len(self.exits) == sum(n.procs for n in self.nodes):
                 return self._end(Outcome("finished", 0, "all ranks exited 0"))
             if self.stop_cause is None and 75 in codes:
@@ -236,6 +244,8 @@ class Gang:
             cause = f"rank {root.exit.rank} {how_it_ended(root.exit)}"
         elif gone:
             root = None
+        if self._hung is not None:
+            cause, root, self._hung = self._hung, None, None
         if self._hopeless is not None:
             return self._end(Outcome("failed", self._hopeless, cause, root))
         before, self.failure = self.failure, self._told(root)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
-import subprocess
 import sys
 import time
 import warnings
@@ -24,9 +23,10 @@ from launcher.options import PARAMETERS
 from launcher.request import parse
 from launcher.spec import Program
 from launcher.standing import look
-from launcher.starting import python_command
+from launcher.starting import launch_apart
 
 if TYPE_CHECKING:
+    import subprocess
     from collections.abc import Callable, Iterable
 
     from launcher.request import Request
@@ -294,12 +294,4 @@ def _write_call(path: Path, function: Callable[..., Any], args: tuple[Any, ...])
 
 
 def _start(path: Path) -> None:
-    """A launch of its own for the run in `path`, which this process need not outlive."""
-    with open(path / "launch.log", "ab") as log:
-        _started[path] = subprocess.Popen(
-            python_command("launcher.cli", "retry", str(path)),
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
+    _started[path] = launch_apart(path)

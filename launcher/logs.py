@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import re
@@ -15,7 +16,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-__all__ = ["Console", "RankLog"]
+    from launcher.channel import Link
+
+__all__ = ["Console", "Forwarded", "RankLog", "Relay"]
 
 _CHUNK = 1 << 16
 # A program that never ends its line must not grow our memory: such a line is passed on in pieces of this size.
@@ -31,7 +34,14 @@ class Console:
     thread when there is room again.
     """
 
-    def __init__(self, on_drained: Callable[[], None], *, limit: int = 256) -> None:
+    def __init__(
+        self,
+        on_drained: Callable[[], None],
+        *,
+        limit: int = 256,
+        write: Callable[[int, memoryview], int] = os.write,
+    ) -> None:
+        self._write = write
         self._queue: queue.SimpleQueue[tuple[int, bytes] | None] = queue.SimpleQueue()
         self._limit = limit
         self._on_drained = on_drained
@@ -59,7 +69,7 @@ class Console:
             view = memoryview(data)
             while view and fd not in broken:
                 try:
-                    view = view[os.write(fd, view) :]
+                    view = view[self._write(fd, view) :]
                 except BlockingIOError:  # noqa: PERF203
                     # Somebody else made the shared terminal non-blocking; wait until it takes more.
                     threading.Event().wait(0.01)
@@ -75,6 +85,75 @@ class Console:
             self._queue.put(None)
             self._thread.join(timeout_s)
             self._thread = None
+
+
+class Forwarded:
+    """Brings console lines to the supervisor as messages; so many bytes at most are on the way that neither a loud rank
+    nor a paused terminal keeps other messages waiting.
+    """
+
+    _WINDOW = 1 << 20
+    _PIECE = 1 << 16
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+        self._away = 0
+        self._closed = False
+        self._changed = threading.Condition()
+
+    def write(self, fd: int, view: memoryview) -> int:
+        """What Console takes for os.write."""
+        piece = bytes(view[: self._PIECE])
+        if len(piece) < len(view):
+            # Between two pieces come those of other hosts: a piece holds whole lines, or is one that is very long.
+            end = max(piece.rfind(b"\n"), piece.rfind(b"\r")) + 1
+            piece = piece[:end] if end else bytes(view)
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or self._away < self._WINDOW)
+            self._away += len(piece)
+        # A character may be cut in two; each half travels as what it is.
+        self._link.send({"console": fd, "text": piece.decode(errors="surrogateescape")})
+        return len(piece)
+
+    def shown(self, size: int) -> None:
+        """The supervisor has taken so many bytes."""
+        with self._changed:
+            self._away -= size
+            self._changed.notify_all()
+
+    def open(self) -> None:
+        """Hold nothing back any more."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+
+class Relay:
+    """Shows what agents forward. A line that the console has no room for is taken all the same, and only then is its
+    sender let go on: so much at most waits here for each agent.
+    """
+
+    def __init__(self, on_drained: Callable[[], None]) -> None:
+        self._console = Console(on_drained)
+        self._owed: list[tuple[Link, int]] = []
+
+    def take(self, link: Link, fd: int, text: str) -> None:
+        data = text.encode(errors="surrogateescape")
+        self._console.write(2 if fd == 2 else 1, data)
+        self._owed.append((link, len(data)))
+        self.settle()
+
+    def settle(self) -> None:
+        """Let the senders go on if there is room."""
+        if self._owed and not self._console.full:
+            owed, self._owed = self._owed, []
+            for link, size in owed:
+                with contextlib.suppress(OSError):  # its end is on the way
+                    link.send({"shown": size})
+
+    def close(self) -> None:
+        """Write out what is there."""
+        self._console.close()
 
 
 class RankLog:

@@ -26,6 +26,7 @@ Start a program on every rank, keep it running, and say what happened.
   launch --procs 4 -m package.train           a module, as with python -m
   launch --nodes 2 --gpus 4 train.py          a Slurm job, followed (-d: not)
   launch ls, show, logs, wait, cancel, retry  see to runs: launch ls --help, ...
+  launch --hosts a,b --gpus 4 train.py        4 ranks on each host, by ssh
   launch --backend local --nodes 2 --procs 2 train.py   rehearse a 2-node job
 
 A torchrun line works with its first word replaced.
@@ -48,9 +49,9 @@ SBATCH = ("partition", "account", "qos", "time", "mem", "constraint", "nodelist"
           "reservation", "job_name", "comment")  # fmt: skip
 
 _GROUPS = (
-    ("Ranks", ("gpus", "procs", "nodes", "backend", "preload", "no_preload")),
-    ("Program", ("module", "no_python")),
-    ("Run", ("run", "max_restarts", "grace", "snapshot", "no_snapshot")),
+    ("Ranks", ("gpus", "procs", "nodes", "hosts", "sync", "backend", "preload", "no_preload")),
+    ("Program", ("module", "no_python", "env")),
+    ("Run", ("run", "max_restarts", "grace", "hang_timeout", "snapshot", "no_snapshot")),
     ("Many runs", ("array", "sweep", "sweep_file")),
     ("Output", ("show_ranks", "log_dir", "tee", "redirects", "local_ranks_filter")),
     ("Slurm (any of these, or --nodes, submits a job)",
@@ -89,16 +90,22 @@ PARAMETERS: list[click.Parameter] = [
     click.Option(["--gpus"], metavar="N|all", help="ranks per node, one GPU each"),
     click.Option(["--procs"], type=int, metavar="N", help="ranks per node on the CPU"),
     click.Option(["--nodes"], type=int, metavar="N", help="number of nodes"),
-    click.Option(["--backend"], type=click.Choice(["local", "slurm"]), help="run here, or submit a job"),
+    click.Option(["--hosts"], metavar="A,B:4|@FILE", help="run there by ssh; ranks per host as slots"),
+    click.Option(["--sync"], is_flag=True, help="copy the code to hosts that share no folder"),
+    click.Option(["--backend"], type=click.Choice(["local", "slurm", "ssh"]),
+                 help="run here, submit a job, or run on --hosts"),
     click.Option(["--preload"], metavar="M,...", help="modules that ranks have imported from birth [torch]"),
     click.Option(["--no-preload"], is_flag=True, help="plain interpreters instead of forked ranks"),
     click.Option(["-m", "--module"], is_flag=True, envvar="PET_MODULE", help="the program is a Python module"),
     click.Option(["--no-python"], is_flag=True, envvar="PET_NO_PYTHON", help="the program is any command"),
+    click.Option(["--env"], multiple=True, metavar="NAME[=VALUE]",
+                 help="variable of the ranks [value: as here]"),
     click.Option(["--run"], metavar="NAME|DIR", help="name or folder; goes on if it is there"),
     click.Option(["max_restarts", "--max-failures", "--max-restarts"], type=int, default=0,
                  envvar="PET_MAX_RESTARTS", metavar="N", help="failures to start again after [0]"),
     click.Option(["--grace", "--shutdown-timeout"], type=float, envvar="PET_SHUTDOWN_TIMEOUT",
                  metavar="S", help="seconds from SIGTERM to SIGKILL [30, or till Slurm's deadline]"),
+    click.Option(["--hang-timeout"], metavar="S|off", help="no step for so long is a failure [learned]"),
     click.Option(["--show-ranks"], metavar="0,3|all|none", help="global ranks shown on the console [0]"),
     click.Option(["--log-dir"], envvar="PET_LOG_DIR", metavar="DIR", help="where --tee and --redirects write too"),
     click.Option(["-t", "--tee"], envvar="PET_TEE", metavar="0-3|R:N",
@@ -112,7 +119,7 @@ PARAMETERS: list[click.Parameter] = [
     click.Option(["--sweep-file"], metavar="FILE", help="run once per line, a JSON object of arguments"),
     click.Option(["--snapshot"], is_flag=True, help="run a copy of the code as it is now [Slurm jobs do]"),
     click.Option(["--no-snapshot"], is_flag=True, help="run the code as it is when the job begins"),
-    click.Option(["-d", "--detach"], is_flag=True, help="submit, print the job's id, do not wait"),
+    click.Option(["-d", "--detach"], is_flag=True, help="print the job's id or run's name, do not wait"),
     click.Option(["--dry-run"], is_flag=True, help="print what would be submitted, and submit nothing"),
     click.Option(["--cpus-per-rank"], type=int, metavar="N", help="CPUs for each rank [1]"),
     click.Option(["--sbatch"], multiple=True, metavar="KEY=VALUE", help="any other option of sbatch; repeatable"),

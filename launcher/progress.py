@@ -1,6 +1,7 @@
 """How far a rank is, from the page of 64 bytes that LAUNCH_PROGRESS names and that the program may fill.
 
-Layout, little endian: 0 u64 magic; 8 u64 step; 16 u32 phase; 20 u32 epoch; 24 u64 CLOCK_MONOTONIC ns of the last step;
+Layout, little endian: 0 u64 magic; 8 u64 step; 16 u32 phase (0 start, 1 train, 2 validate,
+3 test, 4 predict, 5 save, 6 done); 20 u32 epoch; 24 u64 CLOCK_MONOTONIC ns of the last step;
 32 u64 last saved step; 40 f64 seconds of the last save; 48 f64 loss or NaN; 56 u64 one more than the step that this
 attempt began at (0: not told).
 """
@@ -14,11 +15,35 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import mmap
 
-__all__ = ["PAGE", "Progress"]
+__all__ = ["PAGE", "Beat", "Progress"]
 
 PAGE = 64
 _MAGIC = 0x4D55535445520001
 _LAYOUT = struct.Struct("<QQIIQQddQ")
+
+
+@dataclass(frozen=True)
+class Beat:
+    """What a rank was last seen to do. at: seconds of CLOCK_MONOTONIC, of its last step; 0 before the first."""
+
+    step: int
+    phase: int
+    at: float
+
+    @property
+    def works(self) -> bool:
+        """It trains, validates, tests or predicts: from step to step."""
+        return 1 <= self.phase <= 4 and self.at > 0
+
+    @property
+    def done(self) -> bool:
+        return self.phase == 6
+
+    @classmethod
+    def of_page(cls, page: mmap.mmap | bytes) -> Beat | None:
+        """What a rank has filled in; None if it never did."""
+        magic, step, phase, _, ns, *_ = _LAYOUT.unpack(page[:PAGE])
+        return cls(step, phase, ns / 1e9) if magic == _MAGIC else None
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,14 @@ from typing import TYPE_CHECKING, Any, Literal
 from launcher import sweep
 from launcher.errors import UsageError
 from launcher.hardware import find_gpus
+from launcher.hosts import parse as parse_hosts
 from launcher.options import REFUSED, SBATCH, read
-from launcher.spec import LaunchSpec, Meeting, Output, Program, Slurm
+from launcher.spec import LaunchSpec, Meeting, Output, Program, Slurm, Ssh
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+    from launcher.hosts import Host
 
 __all__ = ["Request", "Surroundings", "parse", "slurm_name"]
 
@@ -68,15 +71,15 @@ class Surroundings:
 @dataclass(frozen=True)
 class Request:
     """What a command line asks for. where: on this machine ("here"), with nodes that are started one by one
-    ("meeting"), as a new job ("job"), in the allocation that this process has ("allocation"), as one node of it
-    ("step").
+    ("meeting"), on other hosts by ssh ("hosts"), as a new job ("job"), in the allocation that this process has
+    ("allocation"), as one node of it ("step").
 
     elements: of an array, by index, each with its arguments; throttle: how many of them at once. snapshot: whether a
     copy of the code is to be run; insist: that was asked for, and not just usual.
     """
 
     spec: LaunchSpec
-    where: Literal["here", "meeting", "job", "allocation", "step"]
+    where: Literal["here", "meeting", "hosts", "job", "allocation", "step"]
     name: str | None = None
     detach: bool = False
     dry_run: bool = False
@@ -95,10 +98,14 @@ def parse(argv: Sequence[str], surroundings: Surroundings | None = None) -> Requ
     elements, throttle = _elements(o)
     if o["snapshot"] and o["no_snapshot"]:
         raise UsageError("--snapshot and --no-snapshot contradict each other: give one of them")
-    snapshot = o["snapshot"] or (place == "job" and not o["no_snapshot"])
+    if o["sync"] and (place != "hosts" or o["no_snapshot"]):
+        other = "--no-snapshot" if place == "hosts" else "no --hosts"
+        raise UsageError(f"--sync copies a snapshot of the code to --hosts, and there is {other}")
+    snapshot = o["snapshot"] or o["sync"] or (place == "job" and not o["no_snapshot"])
     return Request(
-        spec, place, o["run"], o["detach"], o["dry_run"], elements, throttle, snapshot, insist="snapshot" in o["given"]
-    )
+        spec, place, o["run"], o["detach"], o["dry_run"], elements, throttle, snapshot,
+        insist="snapshot" in o["given"] or o["sync"],
+    )  # fmt: skip
 
 
 def _elements(o: Mapping[str, Any]) -> tuple[dict[int, tuple[str, ...]] | None, int | None]:
@@ -127,9 +134,10 @@ def slurm_name(environ: Mapping[str, str]) -> str:
 
 @dataclass(frozen=True)
 class _Where:
-    place: Literal["here", "meeting", "job", "allocation", "step"]
+    place: Literal["here", "meeting", "hosts", "job", "allocation", "step"]
     nodes: int  # if no option says
     sbatch: bool
+    hosts: tuple[Host, ...] = ()
 
 
 def _where(o: Mapping[str, Any], s: Surroundings) -> _Where:
@@ -141,6 +149,11 @@ def _where(o: Mapping[str, Any], s: Surroundings) -> _Where:
             raise UsageError(f"{asked[0]} is for a Slurm job, --backend local runs here: leave one of them out")
         return _Where("here", 1, s.sbatch)
     by_hand = any(o[name] is not None for name in ("rdzv_endpoint", "node_rank", "master_addr")) or o["standalone"]
+    if o["backend"] == "ssh" or "hosts" in o["given"]:
+        if o["backend"] == "slurm" and "backend" in o["given"]:
+            raise UsageError("--hosts runs by ssh, --backend slurm submits a job: leave one of them out")
+        asked = [flag for flag in asked if flag != "--detach"]
+        return _on_hosts(o, s, [*asked, *(["--rdzv-endpoint and the like"] if by_hand else [])])
     slurm = o["backend"] == "slurm" and ("backend" in o["given"] or not (by_hand or s.job))
     if slurm or (asked and s.job is None):
         if not s.sbatch:
@@ -177,6 +190,46 @@ def _where(o: Mapping[str, Any], s: Surroundings) -> _Where:
     return _Where("here", 1, s.sbatch)
 
 
+def _on_hosts(o: Mapping[str, Any], s: Surroundings, others: list[str]) -> _Where:
+    if others:
+        raise UsageError(f"{others[0]}: not with --hosts, whose nodes ssh starts at once")
+    if _many(o):
+        raise UsageError("an array or a sweep runs on Slurm or on this machine, not on --hosts")
+    if not o["hosts"]:
+        raise UsageError("--backend ssh: say where with --hosts a,b or --hosts @FILE")
+    hosts = parse_hosts(o["hosts"], Path.cwd())
+    count = o["nodes"] if o["nodes"] is not None else len(hosts)
+    if not 0 < count <= len(hosts):
+        raise UsageError(f"--nodes {count}: --hosts names {len(hosts)}")
+    return _Where("hosts", count, s.sbatch, hosts[:count])
+
+
+def _ssh(o: Mapping[str, Any], where: _Where, procs: int) -> Ssh | None:
+    if where.place != "hosts":
+        return None
+    given = any(o[name] is not None for name in ("gpus", "procs", "nproc_per_node"))
+    for host in where.hosts:
+        if given and host.slots is not None and host.slots < procs:
+            raise UsageError(f"{procs} ranks on each host: {host.name} has {host.slots} slot(s)")
+    slots = tuple(procs if given else host.slots or 1 for host in where.hosts)
+    names = tuple(text for text in o["env"] if "=" not in text)
+    return Ssh(tuple(host.name for host in where.hosts), slots, names, o["sync"])
+
+
+def _environment(o: Mapping[str, Any]) -> dict[str, str]:
+    """The variables that are given with a value, which the run folder's record shows."""
+    found = {}
+    for text in o["env"]:
+        name, equals, value = text.partition("=")
+        if not re.fullmatch(r"[A-Za-z_]\w*", name):
+            raise UsageError(f"--env {text!r}: give NAME or NAME=VALUE")
+        if equals:
+            found[name] = value
+        elif name not in os.environ:
+            raise UsageError(f"--env {name}: there is no such variable here; give NAME=VALUE, or export it")
+    return found
+
+
 def _spec_from(o: dict[str, Any], where: _Where) -> LaunchSpec:
     _refuse_unsupported(o)
     cwd = Path.cwd()
@@ -203,16 +256,31 @@ def _spec_from(o: dict[str, Any], where: _Where) -> LaunchSpec:
         device=device,
         max_restarts=restarts,
         grace_s=grace,
+        hang_timeout_s=_hang_timeout(o["hang_timeout"]),
         preload=preload,
         output=_output(o),
         meeting=meeting,
         slurm=_slurm(o, where, nodes, procs, device),
+        ssh=_ssh(o, where, procs),
+        environment=_environment(o),
         role=o["role"],
         local_addr=o["local_addr"],
         master_port=o["master_port"] if meeting is None else None,
         virtual_local_rank=o["virtual_local_rank"],
         **settings,
     )
+
+
+def _hang_timeout(text: str | None) -> float | None:
+    if text is None or text == "off":
+        return None if text is None else 0.0
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not seconds > 0:
+        raise UsageError(f"--hang-timeout {text!r}: give seconds, or off")
+    return seconds
 
 
 def _refuse_unsupported(o: dict[str, Any]) -> None:
@@ -323,7 +391,7 @@ def _procs(o: dict[str, Any], where: _Where) -> tuple[int, Any]:
         raise UsageError(f"{' and '.join(given)} both say how many ranks a node has: give one of them")
     if o["procs"] is not None:
         return o["procs"], "cpu"
-    if where.place == "job":
+    if where.place in ("job", "hosts"):
         return _procs_elsewhere(o)
     found = find_gpus()
     if o["gpus"] is not None:
@@ -359,7 +427,7 @@ def _procs_elsewhere(o: dict[str, Any]) -> tuple[int, Any]:
     """Ranks on nodes that this host can say nothing of."""
     for flag, text in (("--gpus", o["gpus"]), ("--nproc-per-node", o["nproc_per_node"])):
         if text is not None and (not text.isdigit() or int(text) < 1):
-            raise UsageError(f"{flag} {text!r}: a Slurm job asks for a number of them; give one")
+            raise UsageError(f"{flag} {text!r}: on other hosts it must be a number; give one")
     if o["gpus"] is not None:
         return int(o["gpus"]), "gpu"
     return int(o["nproc_per_node"] or 1), "any"

@@ -6,6 +6,7 @@ events.jsonl            one line per thing that happened, appended
 failure.json            the first failure of the last failed attempt
 stop-<attempt>.json     cause and deadline of a stop request, written before the ranks are told
 logs/attempt-<n>/rank-<r>.log   everything that rank printed
+stacks/attempt-<n>-<time>/      where all ranks were, after a hang or when somebody asked
 run.lock                held while a launch works on the run
 """
 
@@ -192,6 +193,12 @@ class RunFolder:
             self.path / f"stop-{attempt}.json",
             {"cause": cause, "deadline": deadline, "requested": time.time(), "attempt": attempt},
         )
+
+    def write_stacks(self, name: str, data: dict[str, Any]) -> None:
+        """Where all ranks were at one time; the nodes have put the whole of it beside."""
+        folder = self.path / "stacks" / name
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        write_json(folder / "groups.json", data)
 
     def logs(self, attempt: int) -> Path:
         folder = self.path / "logs" / f"attempt-{attempt}"

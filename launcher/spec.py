@@ -16,7 +16,7 @@ from launcher.errors import UsageError
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["Code", "LaunchSpec", "Meeting", "Output", "Program", "Slurm", "keeps_terminal"]
+__all__ = ["Code", "LaunchSpec", "Meeting", "Output", "Program", "Slurm", "Ssh", "keeps_terminal"]
 
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
@@ -141,13 +141,27 @@ class Slurm:
 
 
 @dataclass(frozen=True)
+class Ssh:
+    """Machines that are reached by ssh, in the order of the nodes.
+
+    hosts: as ssh takes them; slots: ranks on each; env: variables that travel there, by name: their values are written
+    nowhere; sync: each gets a copy of the code, and a run folder of its own where it does not share this one.
+    """
+
+    hosts: tuple[str, ...]
+    slots: tuple[int, ...]
+    env: tuple[str, ...] = ()
+    sync: bool = False
+
+
+@dataclass(frozen=True)
 class LaunchSpec:
     """One launch, checked on construction.
 
     nodes: how many agents; procs: ranks per node; device: what `procs` counts ("gpu": one GPU each, "cpu": GPUs are
     hidden from the ranks, "any": the environment is left alone, torchrun's `--nproc-per-node N`).
     grace_s: seconds from SIGTERM to SIGKILL after a stop request (None: until the scheduler's deadline, 30 where there
-    is none).
+    is none). hang_timeout_s: seconds without a step after which ranks count as hung (None: learned; 0: never).
     """
 
     program: Program
@@ -157,10 +171,12 @@ class LaunchSpec:
     device: Literal["gpu", "cpu", "any"] = "any"
     max_restarts: int = 0
     grace_s: float | None = None
+    hang_timeout_s: float | None = None
     preload: tuple[str, ...] = ("torch",)
     output: Output = field(default_factory=Output)
     meeting: Meeting | None = None
     slurm: Slurm | None = None
+    ssh: Ssh | None = None
     code: Code | None = None
     role: str = "default"
     local_addr: str | None = None
@@ -176,12 +192,16 @@ class LaunchSpec:
                 raise UsageError(f"{name.replace('_', '-')} is {value!r}; it must be a whole number >= {least}")
         if self.grace_s is not None and not self.grace_s >= 0:
             raise UsageError(f"--grace is {self.grace_s!r}; it must be a number of seconds >= 0")
+        if self.hang_timeout_s is not None and not self.hang_timeout_s >= 0:
+            raise UsageError(f"--hang-timeout is {self.hang_timeout_s!r}; it must be a number of seconds, or off")
         for name in self.preload:
             if not all(part.isidentifier() for part in name.split(".")):
                 raise UsageError(f"--preload {name!r} is no module name; give names like torch,torchvision")
         for name in self.stop_signals:
             if name not in signal.Signals.__members__ or name in ("SIGKILL", "SIGSTOP"):
                 raise UsageError(f"--signals-to-handle: {name!r} is no signal that can be handled")
+        if self.ssh is not None and not self.nodes == len(self.ssh.hosts) == len(self.ssh.slots):
+            raise UsageError(f"{self.nodes} nodes on {len(self.ssh.hosts)} hosts with {len(self.ssh.slots)} slots")
         if not Path(self.cwd).is_absolute():
             raise UsageError(f"the working directory {self.cwd!r} is not absolute")
 
@@ -204,8 +224,13 @@ class LaunchSpec:
         return self.cwd if self.code is None else self.code.moved(self.cwd)
 
     @property
+    def slots(self) -> tuple[int, ...]:
+        """Ranks on each node."""
+        return (self.procs,) * self.nodes if self.ssh is None else self.ssh.slots
+
+    @property
     def world_size(self) -> int:
-        return self.nodes * self.procs
+        return sum(self.slots)
 
     @property
     def grace(self) -> float:
@@ -228,7 +253,9 @@ class LaunchSpec:
             output["local_ranks_filter"] = tuple(output["local_ranks_filter"])
             output["show_ranks"] = None if output["show_ranks"] is None else tuple(output["show_ranks"])
             meeting = fields.pop("meeting")
-            slurm, code = fields.pop("slurm"), fields.pop("code")
+            slurm, ssh, code = fields.pop("slurm"), fields.pop("ssh"), fields.pop("code")
+            if ssh is not None:
+                ssh = Ssh(**ssh | {name: tuple(ssh[name]) for name in ("hosts", "slots", "env")})
             if slurm is not None:
                 slurm = Slurm(**slurm | {"setup": tuple(slurm["setup"])})
             for name in ("preload", "stop_signals"):
@@ -238,6 +265,7 @@ class LaunchSpec:
                 output=Output(**output),
                 meeting=None if meeting is None else Meeting(**meeting),
                 slurm=slurm,
+                ssh=ssh,
                 code=None if code is None else Code(**code),
                 **fields,
             )
@@ -247,4 +275,4 @@ class LaunchSpec:
 
 def keeps_terminal(spec: LaunchSpec) -> bool:
     """One rank on a terminal keeps it: no new session, no pipes, so that breakpoint() and Ctrl-C are the program's."""
-    return spec.procs == 1 and spec.nodes == 1 and all(os.isatty(fd) for fd in (0, 1, 2))
+    return spec.world_size == 1 and spec.ssh is None and all(os.isatty(fd) for fd in (0, 1, 2))

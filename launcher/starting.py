@@ -15,7 +15,7 @@ from launcher.channel import Channel, pair
 if TYPE_CHECKING:
     from launcher.spec import LaunchSpec
 
-__all__ = ["agent_command", "python_command", "spawn_agent", "spec_pipe", "stop_signals"]
+__all__ = ["agent_command", "launch_apart", "python_command", "spawn_agent", "spec_pipe", "stop_signals"]
 
 _ROOT = str(Path(__file__).resolve().parent.parent)
 # The launcher must be found wherever it was installed, and nothing of it may be importable by accident: neither the
@@ -52,6 +52,20 @@ def spawn_agent(environment: dict[str, str], *, cwd: str, own_session: bool) -> 
     )
     theirs.close()
     return ours, process
+
+
+def launch_apart(path: Path) -> subprocess.Popen[bytes]:
+    """A launch of its own that goes on with the run, or array, in `path`; it outlives this process. What it says goes
+    to launch.log there.
+    """
+    with open(path / "launch.log", "ab") as log:
+        return subprocess.Popen(
+            python_command("launcher.cli", "retry", str(path)),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
 
 
 def spec_pipe(data: dict[str, Any]) -> int:

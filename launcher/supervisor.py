@@ -17,19 +17,23 @@ import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from launcher.channel import Channel, Message, keep_alive
+from launcher.channel import Channel, Message, address_towards, is_loopback, keep_alive
 from launcher.errors import ClusterError, LaunchError, MeetingError, UsageError
 from launcher.failure import RankExit, render, signal_name
+from launcher.fleet import Roll
 from launcher.gang import Action, Gang, Outcome, Phase
+from launcher.logs import Relay
 from launcher.processes import end_descendants, start_ticks
 from launcher.progress import Progress
 from launcher.runs import write_json
 from launcher.scheduling import StopWatch
+from launcher.stacks import SIGNAL, Census
 from launcher.starting import spawn_agent, stop_signals
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from launcher.fleet import Fleet
     from launcher.runs import RunFolder
     from launcher.scheduling import Scheduler, Word
 
@@ -41,6 +45,7 @@ _SHOWN_EVERY_S = 30.0  # a write to a shared file system
 @dataclass
 class _Agent:
     link: Channel
+    node: int | None = None  # the one that it was started for
     index: int | None = None
     host: str = ""
     process: subprocess.Popen[bytes] | None = None
@@ -55,7 +60,8 @@ class Supervisor:
 
     local: the node ranks of the agents to spawn here (None: by order of arrival); listener: where agents that others
     start connect, with `token`; say: how to tell a person (one line at a time). scheduler: starts all agents instead,
-    and knows why and until when the job is stopped; restarts, failure: failures that count already, and the last one.
+    and knows why and until when the job is stopped; fleet: starts the `local` ones instead, on other machines.
+    restarts, failure: failures that count already, and the last one.
     """
 
     def __init__(
@@ -70,6 +76,7 @@ class Supervisor:
         join_timeout_s: float = 600.0,
         where: str = "",
         scheduler: Scheduler | None = None,
+        fleet: Fleet | None = None,
         restarts: int = 0,
         failure: str | None = None,
     ) -> None:
@@ -77,7 +84,7 @@ class Supervisor:
         state = run.state()
         self.run = run
         self.gang = Gang(
-            [spec.procs] * spec.nodes,
+            list(spec.slots),
             first_attempt=int(state.get("attempt", -1)) + 1,
             max_restarts=spec.max_restarts,
             grace_s=spec.grace,
@@ -87,10 +94,16 @@ class Supervisor:
             failure=failure,
         )
         self._host_of: dict[int, str] = {}
+        self._addresses: dict[int, str | None] = {}  # of the hosts of a fleet
         self.unreachable: set[str] = set()  # hosts that fell silent
         self._scheduler = scheduler
         self._step: subprocess.Popen[bytes] | None = None  # the scheduler's way to the agents
         self._watch = None if scheduler is None else StopWatch(scheduler, spec)
+        self._census: Census | None = None  # of stacks, while nodes still answer
+        self._fleet = fleet
+        self._roll = None if fleet is None else Roll(fleet)
+        self._relay = Relay(on_drained=self._rouse)
+        self._wake_read = self._wake = -1
         self._shown = 0.0
         self._asked_here = False  # this process itself has received a stop signal
         self._say = say
@@ -113,8 +126,8 @@ class Supervisor:
 
     def work(self) -> Outcome:
         """Bring the run to its end; the outcome is also in the run folder."""
-        wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        handled = stop_signals(self.run.spec) | {signal.SIGCHLD}
+        self._wake_read, self._wake = wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        handled: set[int] = {*stop_signals(self.run.spec), signal.SIGCHLD, SIGNAL}
         if self._scheduler is not None:
             handled |= {signal.SIGUSR1, signal.SIGUSR2}  # what sbatch --signal is usually told to send
         old = {number: signal.signal(number, self._note_signal) for number in handled}
@@ -137,7 +150,7 @@ class Supervisor:
                 self._spawn(node_rank)
             self._start_step()
             while self.gang.phase is not Phase.ENDED:
-                self._turn(wake_read)
+                self._turn()
             if self._ran:
                 self._await_agents()
             assert self.gang.outcome is not None
@@ -145,9 +158,10 @@ class Supervisor:
             return self.gang.outcome
         finally:
             self._put_down()
+            self._relay.close()
             signal.set_wakeup_fd(old_fd)
             for number, handler in old.items():
-                signal.signal(number, handler)
+                signal.signal(number, handler if number != SIGNAL else signal.SIG_IGN)
             self._selector.close()
             os.close(wake_read)
             os.close(wake_write)
@@ -165,15 +179,19 @@ class Supervisor:
             return {}
         return {self._host_of.get(i, f"node {i}"): n.gone for i, n in enumerate(self.gang.nodes) if n.gone is not None}
 
+    def _rouse(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.write(self._wake, b"\0")
+
     def _note_signal(self, number: int, _: Any) -> None:
         if number != signal.SIGCHLD:
             self._signals.append(number)
 
-    def _turn(self, wake_read: int) -> None:
+    def _turn(self) -> None:
         for key, _ in self._selector.select(self._until_next()):
             if key.data == "wake":
                 with contextlib.suppress(BlockingIOError):
-                    while os.read(wake_read, 4096):
+                    while os.read(self._wake_read, 4096):
                         pass
             elif key.data == "listener":
                 self._accept()
@@ -181,6 +199,9 @@ class Supervisor:
                 self._hear(key.data)
         while self._signals:
             number = self._signals.pop(0)
+            if number == SIGNAL:
+                self._take_census(None)
+                continue
             if self._watch is not None and number != signal.SIGINT:
                 self._heed(self._watch.inquire(number))
                 continue
@@ -196,11 +217,17 @@ class Supervisor:
             )
         if self._watch is not None:
             self._heed(self._watch.look(running=self.gang.phase is Phase.RUNNING))
+        self._relay.settle()
+        if self._census is not None and time.monotonic() >= self._census.by:
+            self._end_census(self._census)
+        if self._roll is not None:
+            self._call_the(self._roll)
         if self.gang.phase is Phase.MEETING and time.monotonic() >= self._meet_by:
             raise MeetingError(
                 f"node{'s' if len(self.gang.missing) > 1 else ''} {', '.join(map(str, self.gang.missing))} of "
                 f"{len(self.gang.nodes)} did not come within {self._join_timeout_s:g} s"
                 + (f"; awaited at {self._where}" if self._where else "")
+                + (f"; {self._roll.story(self.gang.missing)}" if self._roll is not None else "")
             )
 
     def _until_next(self) -> float | None:
@@ -210,6 +237,10 @@ class Supervisor:
             due.append(self._meet_by - time.monotonic())
         if self._watch is not None and (wait_s := self._watch.wait_s()) is not None:
             due.append(wait_s)
+        if self._census is not None:
+            due.append(self._census.by - time.monotonic())
+        if self._roll is not None:
+            due.append(self._roll.wait_s())
         # epoll counts milliseconds in 32 bits, and a job without a time limit may end in a year.
         return min(max(0.0, min(due)), 3600.0) if due else None
 
@@ -257,16 +288,57 @@ class Supervisor:
             self._shown = time.monotonic()
             self.run.set_state(progress=progress.to_json())
 
+    # -------------------------------------------------------------------------------------------- stacks
+
+    def _stalled(self, rank: int, seconds: float, *, tells: bool) -> None:
+        if self.gang.phase is Phase.RUNNING and (self._census is None or self._census.hang is None):
+            what = "has made no step" if tells else "has printed nothing"
+            self._take_census(f"rank {rank} {what} for {seconds:.0f} s")
+
+    def _take_census(self, hang: str | None) -> None:
+        """Ask all ranks where they are. hang: why they are to be ended then; None: a person wants to know."""
+        if self.gang.phase is not Phase.RUNNING:
+            return
+        if self._census is None:
+            name = f"attempt-{self.gang.attempt}-{time.strftime('%H%M%S')}"
+            self._census = Census(name, {i for i, n in enumerate(self.gang.nodes) if n.here and not n.drained})
+            for node in self._census.awaited:
+                self._send(node, {"stacks": name})
+        self._census.hang = self._census.hang or hang
+
+    def _end_census(self, census: Census) -> None:
+        self._census = None
+        told = census.told()
+        self.run.write_stacks(census.name, census.to_json())
+        self.run.event("stacks", name=census.name, attempt=self.gang.attempt, hang=census.hang, told=told)
+        self._say(f"{census.hang or 'stacks'}: {told} (all of it: {self.run.path / 'stacks' / census.name})")
+        if census.hang is not None:
+            self._do(self.gang.hung(f"{census.hang}: {told}"))
+
     # -------------------------------------------------------------------------------------------- agents
 
     def _spawn(self, node_rank: int | None) -> None:
         environment = dict(self._child_environment)
         if node_rank is not None:
             environment["LAUNCH_NODE_RANK"] = str(node_rank)
-        link, process = spawn_agent(environment, cwd=self.run.spec.cwd, own_session=self._own_session)
-        agent = _Agent(link, process=process)
+        if self._fleet is not None and node_rank is not None:
+            link, process = self._fleet.start(node_rank, environment)
+        else:
+            link, process = spawn_agent(environment, cwd=self.run.spec.cwd, own_session=self._own_session)
+        agent = _Agent(link, node_rank, process=process)
         self._agents.append(agent)
         self._selector.register(link, selectors.EVENT_READ, agent)
+
+    def _call_the(self, roll: Roll) -> None:
+        if self.gang.phase is Phase.MEETING:
+            for node in roll.due():
+                self._spawn(node)
+            roll.check(self.gang.missing)
+        if roll.beat():
+            for agent in self._agents:
+                if agent.joined:
+                    with contextlib.suppress(ConnectionError):
+                        agent.link.send({"here": True})
 
     def _accept(self) -> None:
         assert self._listener is not None
@@ -305,6 +377,13 @@ class Supervisor:
             if message["attempt"] == self.gang.attempt and progress is not None:
                 self._progress = progress.and_of(self._progress)
             self._do(self.gang.rank_exited(message["attempt"], ended, progress))
+        elif "stalled" in message:
+            self._stalled(**message["stalled"])
+        elif "stacks" in message:
+            if self._census is not None and self._census.answered(message["stacks"], agent.index, message["groups"]):
+                self._end_census(self._census)
+        elif "console" in message:
+            self._relay.take(agent.link, message["console"], message["text"])
         elif "progress" in message:
             self._at_step(Progress(**message["progress"]))
         elif "drained" in message:
@@ -338,22 +417,38 @@ class Supervisor:
         self._host_of[index] = agent.host
         if agent.process is not None:
             self._spawned.add(index)
-        else:
+        if agent.process is None or self._fleet is not None:
             agent.shift_ns = time.monotonic_ns() - hello["now_ns"]
+        if self._roll is not None:
+            self._roll.came(index)
+        slots = self.run.spec.slots[index]
         agent.link.send(
             {
-                "spec": self.run.spec.to_json(),
+                "spec": replace(self.run.spec, procs=slots).to_json(),
                 "run_id": self.run.run_id,
                 "run_dir": str(self.run.path),
+                "created": self.run.created,
                 "heir": self._scheduler.heir if self._scheduler is not None and index == 0 else [],
-                "orphan_grace_s": None if self._scheduler is None else self._scheduler.orphan_grace_s,
+                "scheduled": self._scheduler is not None,
+                "orphan_grace_s": self._orphan_grace_s(),
             }
         )
-        procs = hello["procs"] if isinstance(hello["procs"], int) else self.run.spec.procs
+        procs = hello["procs"] if isinstance(hello["procs"], int) else slots
+        if self._fleet is not None:
+            self._agree_on_address(index, hello["address"])
         self._do(self.gang.node_here(index, procs, self._address_of(agent, hello)))
+
+    def _orphan_grace_s(self) -> float:
+        """How long the ranks have to leave when this process is gone."""
+        if self._scheduler is not None:
+            return self._scheduler.orphan_grace_s
+        # On other machines the way here may be what is gone: that is no reason to lose what was trained.
+        return self.run.spec.grace if self._fleet is not None else 1.0
 
     def _address_of(self, agent: _Agent, hello: dict[str, Any]) -> str | None:
         """Where the other nodes reach this one."""
+        if self._fleet is not None and agent.index is not None:
+            return self._addresses[agent.index]
         if self.run.spec.local_addr is not None and agent.process is not None:
             return self.run.spec.local_addr
         if agent.process is None:
@@ -362,6 +457,17 @@ class Supervisor:
             if other.process is None and other.joined:
                 return str(other.link.sock.getsockname()[0])  # others reached this very host there
         return None
+
+    def _agree_on_address(self, index: int, told: str | None) -> None:
+        """Where a host of the fleet says that ssh reached it, the others reach it too, unless that is its loopback:
+        then it is this very host, and has another address on the way to them.
+        """
+        first = self.run.spec.local_addr if index == 0 else None
+        self._addresses[index] = first or told
+        others = [a for i, a in self._addresses.items() if i != 0 and a is not None and not is_loopback(a)]
+        own = self._addresses.get(0)
+        if others and own is not None and is_loopback(own):
+            self._addresses[0] = self.gang.nodes[0].address = address_towards(others[0])
 
     def _refuse(self, agent: _Agent, why: str) -> None:
         with contextlib.suppress(ConnectionError):
@@ -378,7 +484,13 @@ class Supervisor:
     def _lost(self, agent: _Agent) -> None:
         self._drop(agent)
         how = "its connection was lost"
-        if agent.process is not None:
+        if self._fleet is not None and self._roll is not None and agent.process is not None and agent.node is not None:
+            code = _end_of(agent.process)
+            how = self._fleet.why(agent.node, code)
+            if agent.index is None:
+                self._roll.stayed_away(agent.node, code, hopeless=None if agent.hopeless is None else agent.why)
+                return
+        elif agent.process is not None:
             code = agent.process.wait()
             how = f"its agent was killed by {signal_name(-code)}" if code < 0 else f"its agent left with code {code}"
         elif agent.link.unreachable:
@@ -465,6 +577,8 @@ class Supervisor:
         srun waits for a node that no longer answers, and for its sake nobody else needs to.
         """
         deadline = time.monotonic() + (2.0 if self.unreachable else 10.0)
+        while self._fleet is not None and self._agents and time.monotonic() < deadline:
+            self._turn()  # their consoles come by the same way
         for agent in self._agents:
             if agent.process is not None:
                 with contextlib.suppress(subprocess.TimeoutExpired):
@@ -522,6 +636,15 @@ class Supervisor:
                     agent.process.kill()
                     agent.process.wait()
         end_descendants()
+
+
+def _end_of(process: subprocess.Popen[bytes], timeout_s: float = 4.0) -> int:
+    """The exit code of a process whose connection has ended; it is not waited for longer."""
+    try:
+        return process.wait(timeout_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.wait()
 
 
 def report(outcome: Outcome, run: RunFolder) -> str:

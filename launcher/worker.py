@@ -13,6 +13,7 @@ import builtins
 import contextlib
 import ctypes
 import faulthandler
+import fcntl
 import gc
 import importlib.machinery
 import io
@@ -31,6 +32,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from launcher.processes import die_with_parent
+from launcher.stacks import SIGNAL
 
 __all__ = ["run"]
 
@@ -39,8 +41,9 @@ def run(order: dict[str, Any]) -> None:
     """Carry out the zygote's order in this process; returns when the program ends, or raises what it raises.
 
     The order holds: program (kind, target, args), python (interpreter), env, cwd, entry (what the interpreter would put
-    first on sys.path), path (folders behind it, before all others), fds (stdout, stderr; none: keep),
-    terminal (stay in the terminal's session), parent (pid of the zygote), fork (False: exec a plain interpreter).
+    first on sys.path), path (folders behind it, before all others), stacks (file for its stacks), fds (stdout, stderr;
+    none: keep), terminal (stay in the terminal's session), parent (pid of the zygote), fork (False: exec a plain
+    interpreter).
     """
     die_with_parent(order["parent"])
     if not order["terminal"]:
@@ -55,6 +58,7 @@ def run(order: dict[str, Any]) -> None:
     os.environ.clear()
     os.environ.update(environment)
     _fresh_streams(environment)
+    _tell_stacks(order["stacks"])
     if faulthandler.is_enabled():  # PYTHONFAULTHANDLER: restoring the signals took its handlers away
         faulthandler.disable()
         faulthandler.enable()
@@ -73,10 +77,21 @@ def _restore_signals(ignored: list[int]) -> None:
             default: Any = signal.SIG_DFL
             if number == signal.SIGINT:
                 default = signal.default_int_handler
-            elif number in (signal.SIGPIPE, signal.SIGXFSZ, *ignored):
-                default = signal.SIG_IGN  # as the interpreter itself sets at start, or as launch found it
+            elif number in (signal.SIGPIPE, signal.SIGXFSZ, SIGNAL, *ignored):
+                # As the interpreter itself sets at start, or as launch found it; who cannot write stacks is not to
+                # die of being asked.
+                default = signal.SIG_IGN
             signal.signal(number, default)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
+def _tell_stacks(path: str) -> None:
+    """When it is asked by `SIGNAL`, a handler in C writes the stacks of all threads to a file that is held open."""
+    given = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+    # Out of the way of programs that count on the lowest free number.
+    kept = fcntl.fcntl(given, fcntl.F_DUPFD_CLOEXEC, 200)
+    os.close(given)
+    faulthandler.register(SIGNAL, kept, all_threads=True)
 
 
 def _redirect(fds: list[int], *, keep_stdin: bool) -> None:

@@ -20,6 +20,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from launcher.processes import become_subreaper, children_of, descendants, kill_tree
+from launcher.stacks import SIGNAL
 
 if TYPE_CHECKING:
     from launcher.channel import Channel
@@ -58,6 +59,7 @@ def serve(channel: Channel) -> dict[str, Any]:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2):
         # Slurm signals every process of a step; the zygote leaves when its agent says so and not before.
         signal.signal(number, signal.SIG_IGN)
+    signal.signal(SIGNAL, signal.SIG_IGN)  # a rank that was just forked may be asked for its stacks at once
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
     gc.collect()

@@ -31,6 +31,7 @@ NAMES = {
     "cancel": "ask it to save and leave",
     "config": "which defaults hold, and from which file",
     "ckpt": "look at, check, compare, convert and clean up checkpoints",
+    "stacks": "where the ranks of a running run are",
     "drill": "prove that a script resumes exactly, or name the state that it loses",
     "completion": "completion for bash, zsh or fish",
 }

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from launcher.standing import Standing
 
-__all__ = ["cancel", "run"]
+__all__ = ["cancel", "run", "send"]
 
 COMMAND = click.Command(
     "cancel",
@@ -60,16 +60,14 @@ def cancel(found: index.Found, standing: Standing) -> str:
         return _cancel_job(standing)
     # The elements of an array that runs here are run by one process; theirs is asked, unless one alone is meant.
     state = read_json(standing.folder / "state.json") or {}
-    pid = holder(state)
-    if pid is None:
+    if holder(state) is None:
         if state.get("host") not in (None, socket.gethostname()):
             raise RunError(f"it runs on {state['host']}: say launch cancel there")
         if found.index is not None:
             raise RunError(f"it has not begun; launch cancel {found.folder.name} cancels the whole array")
         raise RunError("no launch works on it any more")
     _note_all(standing)
-    _send(pid, state)
-    return f"asked to save and leave (SIGTERM to pid {pid})"
+    return f"asked to save and leave (SIGTERM to pid {send(state, signal.SIGTERM)})"
 
 
 def _cancel_job(standing: Standing) -> str:
@@ -98,13 +96,18 @@ def _note(folder: Path) -> None:
     write_json(folder / "cancel.json", word)
 
 
-def _send(pid: int, state: dict[str, object]) -> None:
+def send(state: dict[str, object], number: int) -> int:
+    """Signal the launch here that works on a run with this state.json; its pid. Raises `RunError` if there is none."""
+    pid = holder(state)
+    if pid is None:
+        raise RunError("no launch on this host works on it any more")
     descriptor = os.pidfd_open(pid)
     try:
         # Looked at again through the descriptor: the pid cannot come to mean another process any more.
         if holder(state) is None:
             raise RunError("it has just ended")
-        signal.pidfd_send_signal(descriptor, signal.SIGTERM)
+        signal.pidfd_send_signal(descriptor, number)
+        return pid
     except ProcessLookupError as error:
         raise RunError("it has just ended") from error
     finally:

@@ -2,7 +2,7 @@
 # Install what the lab needs from Debian; nothing to do where it is there already.
 set -euo pipefail
 missing=()
-for program in slurmctld:slurm-wlm slurmdbd:slurmdbd mariadbd:mariadb-server munged:munge ip:iproute2 nsenter:util-linux; do
+for program in slurmctld:slurm-wlm slurmdbd:slurmdbd mariadbd:mariadb-server munged:munge ip:iproute2 nsenter:util-linux sshd:openssh-server ssh:openssh-client; do
   PATH="$PATH:/usr/sbin:/sbin" command -v "${program%%:*}" >/dev/null || missing+=("${program##*:}")
 done
 if [ ${#missing[@]} -eq 0 ]; then exit 0; fi

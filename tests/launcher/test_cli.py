@@ -46,7 +46,7 @@ ACCEPTED = [
     (["--max-restarts=3", "--monitor-interval=5", "--monitor_interval", "1"], {"max_restarts": 3}),
     (["--start-method=spawn", "--event-log-handler", "null", "--run-path"], {"procs": 1}),
     (["--shutdown-timeout", "12.5"], {"grace_s": 12.5}),
-    (["--grace", "0"], {"grace_s": 0.0}),
+    (["--grace", "0", "--hang-timeout", "off"], {"grace_s": 0.0, "hang_timeout_s": 0.0}),
     (["--role", "trainer"], {"role": "trainer"}),
     (["--master-port", "1234", "--master-addr", "localhost"], {"master_port": 1234, "meeting": None}),
     (["--rdzv-id=x", "--rdzv-backend=c10d"], {"meeting": None}),
@@ -287,14 +287,15 @@ def test_version_and_flags_are_frozen() -> None:
     found = {opt for p in options.PARAMETERS if isinstance(p, click.Option) for opt in p.opts}
     assert found - {"--version"} == {
         "--account", "--array", "--backend", "--comment", "--constraint", "--cpus-per-rank", "--dependency",
-        "--detach", "--dry-run", "--duplicate-stderr-filters", "--duplicate-stdout-filters", "--event-log-handler",
-        "--exclude", "--gpus", "--grace", "--job-name", "--local-addr", "--local-ranks-filter", "--log-dir",
+        "--detach", "--dry-run", "--duplicate-stderr-filters", "--duplicate-stdout-filters", "--env",
+        "--event-log-handler", "--exclude", "--gpus", "--grace", "--hang-timeout", "--hosts",
+        "--job-name", "--local-addr", "--local-ranks-filter", "--log-dir",
         "--log-line-prefix-template", "--logs-specs", "--master-addr", "--master-port", "--max-failures",
         "--max-restarts", "--max-timeouts", "--mem", "--module", "--monitor-interval", "--nnodes", "--no-preload",
         "--no-python", "--no-snapshot", "--node-rank", "--nodelist", "--nodes", "--nproc-per-node", "--numa-binding",
         "--partition", "--preload", "--procs", "--qos", "--rdzv-backend", "--rdzv-conf", "--rdzv-endpoint",
         "--rdzv-id", "--redirects", "--requeue", "--reservation", "--role", "--run", "--run-path", "--sbatch",
         "--setup", "--show-ranks", "--shutdown-timeout", "--signals-to-handle", "--snapshot", "--standalone",
-        "--start-method", "--stop-lead", "--sweep", "--sweep-file", "--tee", "--time", "--virtual-local-rank", "-d",
-        "-m", "-r", "-t",
+        "--start-method", "--stop-lead", "--sweep", "--sweep-file", "--sync", "--tee",
+        "--time", "--virtual-local-rank", "-d", "-m", "-r", "-t",
     }  # fmt: skip

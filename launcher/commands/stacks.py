@@ -1,0 +1,91 @@
+"""`launch stacks`: where the ranks of a run are right now."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from launcher import index
+from launcher.commands import Runs, options
+from launcher.commands.cancel import send
+from launcher.errors import RunError
+from launcher.runs import read_json
+from launcher.stacks import SIGNAL, numbers
+from launcher.standing import look
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from launcher.standing import Standing
+
+__all__ = ["run"]
+
+_WITHIN_S = 20.0
+
+COMMAND = click.Command(
+    "stacks",
+    params=[
+        Runs(many=False),
+        click.Option(["--full"], is_flag=True, help="all threads of one rank of each group"),
+        click.Option(["--json", "as_json"], is_flag=True, help="groups: where, ranks, sample"),
+    ],
+    help="Ask the ranks of a run that runs where they are, without stopping them. Ranks at the same place make one "
+    "line; the stacks of all threads of all ranks are in the run folder. Exit code: 0; 2 if nobody answers.",
+)
+
+
+def run(argv: Sequence[str]) -> int:
+    """Exit code: see the help."""
+    o = options(COMMAND, argv)
+    standing = look([index.find(o["runs"], Path.cwd())]).runs[0]
+    if standing.status != "running":
+        raise RunError(f"run {standing.name} is {standing.status}: only a run that runs has stacks")
+    found = _ask(standing)
+    if o["as_json"]:
+        click.echo(json.dumps(found, indent=1))
+        return 0
+    for group in found["groups"]:
+        many = len(group["ranks"]) > 1
+        click.echo(f"rank{'s' if many else ''} {numbers(group['ranks'])} {group['where']}")
+        if o["full"]:
+            click.echo("".join(f"    {line}\n" for line in group["sample"].splitlines()))
+    if found["silent_nodes"]:
+        click.echo(f"node {numbers(found['silent_nodes'])} did not answer")
+    return 0
+
+
+def _ask(standing: Standing) -> dict[str, Any]:
+    folder = standing.folder / "stacks"
+    before = _names(folder)
+    if standing.job_id is not None:
+        from launcher.backends.slurm_records import query_environment
+        from launcher.backends.slurm_tools import ask
+
+        ask("scancel", "--batch", f"--signal={int(SIGNAL)}", standing.job_id, environ=query_environment(os.environ))
+    else:
+        state = read_json(standing.folder / "state.json") or {}
+        if state.get("host") != socket.gethostname():
+            raise RunError(f"run {standing.name} was launched on {state.get('host')}: say launch stacks there")
+        send(state, SIGNAL)
+    deadline = time.monotonic() + _WITHIN_S
+    while time.monotonic() < deadline:
+        for name in sorted(_names(folder) - before):
+            if (found := read_json(folder / name / "groups.json")) is not None:
+                return found
+        time.sleep(0.05)
+    raise RunError(
+        f"run {standing.name} did not answer within {_WITHIN_S:g} s: its ranks have not begun, or have ended"
+    )
+
+
+def _names(folder: Path) -> set[str]:
+    try:
+        return {path.name for path in folder.iterdir()}
+    except FileNotFoundError:
+        return set()

@@ -1,0 +1,88 @@
+"""For a supervisor whose agents are on other machines: who did not come, why, and who is tried again."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Protocol
+
+from launcher.errors import MeetingError
+
+if TYPE_CHECKING:
+    import subprocess
+    from collections.abc import Sequence
+
+    from launcher.channel import Channel
+
+__all__ = ["Fleet", "Roll"]
+
+_AGAIN_S = 1.0
+_BEAT_S = 1.0
+
+
+class Fleet(Protocol):
+    """Machines, and a way to them."""
+
+    names: Sequence[str]  # by node
+
+    def start(self, node: int, environment: dict[str, str]) -> tuple[Channel, subprocess.Popen[bytes]]:
+        """The agent of a node, connected; the process lives as long as the way to it."""
+
+    def why(self, node: int, code: int) -> str:
+        """Why the way to a node has ended with `code`, for people."""
+
+    def passing(self, node: int, code: int) -> bool:
+        """Whether it is worth trying again where nothing of the run was ever there."""
+
+
+class Roll:
+    """Which nodes of a fleet are awaited, by the supervisor's clock."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+        self._seen: set[int] = set()
+        self._absent: dict[int, str] = {}
+        self._try_at: dict[int, float] = {}
+        self._beat_at = 0.0
+
+    def came(self, node: int) -> None:
+        self._seen.add(node)
+        self._absent.pop(node, None)
+        self._try_at.pop(node, None)
+
+    def stayed_away(self, node: int, code: int, *, hopeless: str | None) -> None:
+        """The way to a node ended before its agent had said anything. hopeless: what it said of a lasting reason."""
+        self._absent[node] = hopeless or self._fleet.why(node, code)
+        # Who was there once is rebooting, perhaps; for who never was, a person is waiting who may have to mend it.
+        if hopeless is None and (node in self._seen or self._fleet.passing(node, code)):
+            self._try_at[node] = time.monotonic() + _AGAIN_S
+
+    def due(self) -> list[int]:
+        """Nodes to be tried again now."""
+        now = time.monotonic()
+        found = [node for node, at in self._try_at.items() if now >= at]
+        for node in found:
+            del self._try_at[node]
+        return found
+
+    def check(self, missing: Sequence[int]) -> None:
+        """Raise `MeetingError` that names every missing node, once none of them can still come."""
+        if missing and all(node in self._absent and node not in self._try_at for node in missing):
+            raise MeetingError(self.story(missing))
+
+    def story(self, missing: Sequence[int]) -> str:
+        """Who is missing, and why."""
+        told = [f"{self._fleet.names[i]}: {self._absent.get(i, 'it has not said anything yet')}" for i in missing]
+        counted = f"{len(missing)} of {len(self._fleet.names)} hosts did not come"
+        return "\n  ".join([counted, *told[:20], *([f"and {len(told) - 20} more"] if len(told) > 20 else [])])
+
+    def beat(self) -> bool:
+        """Whether it is time to say to everybody that we are here: ssh's own connection ends late without us."""
+        now = time.monotonic()
+        if now < self._beat_at:
+            return False
+        self._beat_at = now + _BEAT_S
+        return True
+
+    def wait_s(self) -> float:
+        """Seconds until one of these is due."""
+        return max(0.0, min([self._beat_at, *self._try_at.values()]) - time.monotonic())

@@ -1,0 +1,70 @@
+"""What an agent sees of one rank from outside: the page that it fills, its output, and where it is when it is asked.
+
+Page and stacks are files in memory that this process holds and the rank opens through /proc: whoever dies, nothing is
+left behind.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import time
+
+from launcher.hangs import Patience
+from launcher.progress import PAGE, Beat, Progress
+from launcher.stacks import Group, kernels_word, where
+
+__all__ = ["RankView"]
+
+_MOST_OF_A_STACK = 1 << 20
+
+
+class RankView:
+    """hang_timeout_s: as of `Patience`."""
+
+    def __init__(self, rank: int, hang_timeout_s: float | None) -> None:
+        self.rank = rank
+        self._patience = Patience(hang_timeout_s, time.monotonic())
+        self._printed: float | None = None
+        self._stacks = os.memfd_create(f"launch-stacks-{rank}", os.MFD_CLOEXEC)
+        self._page = os.memfd_create(f"launch-progress-{rank}", os.MFD_CLOEXEC)
+        os.ftruncate(self._page, PAGE)
+        self._map = mmap.mmap(self._page, PAGE, prot=mmap.PROT_READ)
+
+    @property
+    def page(self) -> str:
+        """Where the rank finds its page."""
+        return f"/proc/{os.getpid()}/fd/{self._page}"
+
+    @property
+    def stacks(self) -> str:
+        """Where the rank writes its stacks."""
+        return f"/proc/{os.getpid()}/fd/{self._stacks}"
+
+    @property
+    def progress(self) -> Progress | None:
+        return Progress.of_page(self._map)
+
+    def printed(self) -> None:
+        """It has printed something just now."""
+        self._printed = time.monotonic()
+
+    def stalled(self) -> tuple[float, bool] | None:
+        """So many seconds without anything, if that is too long, and whether it tells its steps at all."""
+        beat = Beat.of_page(self._map)
+        quiet = self._patience.look(time.monotonic(), beat, self._printed)
+        return None if quiet is None else (quiet, beat is not None)
+
+    def forget_stacks(self) -> None:
+        """It is about to be asked again."""
+        os.ftruncate(self._stacks, 0)
+
+    def place(self, pid: int) -> Group:
+        """Where it is, by what it has written since; if it has not, by what the kernel says of it."""
+        text = os.pread(self._stacks, _MOST_OF_A_STACK, 0).decode(errors="replace")
+        return Group(where(text) if text else kernels_word(pid), (self.rank,), text)
+
+    def close(self) -> None:
+        self._map.close()
+        os.close(self._page)
+        os.close(self._stacks)
