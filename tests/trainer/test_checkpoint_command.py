@@ -51,8 +51,9 @@ def test_ls_show_and_verify(url, capsys):
     shard.write_bytes(content)
     assert main(["verify", f"{url}/s2"]) == 1
     assert "rank-00000.safetensors is damaged" in capsys.readouterr().out
-    assert main(["ls", f"{url}/nowhere"]) == 2
-    assert "nothing at" in capsys.readouterr().err
+    for command in ("ls", "gc"):
+        assert main([command, f"{url}/nowhere"]) == 2
+        assert "nothing at" in capsys.readouterr().err
 
 
 def test_diff_names_what_differs(url, capsys):

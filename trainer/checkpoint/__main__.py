@@ -53,8 +53,8 @@ def _ls(arguments: argparse.Namespace) -> int:
     store = Folder.at(arguments.store)
     found = catalog.checkpoints_in(store)
     files = {name: size for name, size in store.sizes().items() if size >= 0 and name.endswith((".ckpt", ".pt"))}
-    if not found and not files and not store.sizes():
-        raise CheckpointError(f"There is nothing at {store}.")
+    if not found and not files:
+        _check_there(store)
     for checkpoint in found:
         manifest = checkpoint.manifest
         made = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(manifest.created))
@@ -192,6 +192,7 @@ def _consolidate(arguments: argparse.Namespace) -> int:
 
 def _gc(arguments: argparse.Namespace) -> int:
     store = Folder.at(arguments.store)
+    _check_there(store)
     before = time.time() - arguments.older_than * 3600
     dead = catalog.dead_attempts(store, before)
     for folder in dead:
@@ -219,6 +220,11 @@ def _keep_last(store: Folder, count: int, *, dry_run: bool) -> int:
     for manifest in unwanted:
         print(f"older than the last {count}: {store / manifest.name}")
     return _OK
+
+
+def _check_there(store: Folder) -> None:
+    if not store.sizes():
+        raise CheckpointError(f"There is nothing at {store}.")
 
 
 def _is_file(path: str) -> bool:
