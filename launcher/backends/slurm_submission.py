@@ -20,7 +20,7 @@ from submitit.slurm import slurm
 from launcher.backends import slurm_notation as notation
 from launcher.backends.slurm_records import SACCT, SQUEUE, JobRecord, merge, query_environment, read_sacct, read_squeue
 from launcher.backends.slurm_script import batch_script, submission_environment
-from launcher.backends.slurm_tools import ask, call
+from launcher.backends.slurm_tools import AwayError, ask, call
 from launcher.errors import ClusterError, UsageError
 
 if TYPE_CHECKING:
@@ -166,7 +166,15 @@ class BatchExecutor(slurm.SlurmExecutor):
 
     def test(self, array: str | None = None) -> str:
         """Have Slurm check the script without submitting it: its words on when and where the job would start."""
-        done = call(["sbatch", "--test-only"], self.submission_environment(), os.fsencode(self.script(array)))
+        try:
+            done = call(["sbatch", "--test-only"], self.submission_environment(), os.fsencode(self.script(array)))
+        except AwayError:
+            raise
+        except ClusterError as error:
+            raise ClusterError(
+                f"{error}\nNothing was submitted. sinfo -o '%P %l %D %c %m %G' lists the partitions: time limit, nodes, "
+                "and CPUs, memory and GPUs of each node"
+            ) from error
         return done.stderr.decode(errors="replace").replace("sbatch: ", "").strip()
 
     # ------------------------------------------------------------------------------------------ submitting

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import textwrap
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import click
@@ -14,12 +15,14 @@ from launcher.commands import Runs, look_at, options
 from launcher.commands.ls import rows
 from launcher.commands.table import duration, lines, width
 from launcher.failure import RankExit, RootCause, render
+from launcher.history import History
+from launcher.progress import Progress
 from launcher.runs import read_json
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from launcher.history import Attempt, History
+    from launcher.history import Attempt
     from launcher.standing import Standing
 
 __all__ = ["run"]
@@ -48,7 +51,7 @@ def _json(standing: Standing) -> dict[str, object]:
     if standing.elements:
         return standing.to_json()
     return standing.to_json() | {
-        "history": history.read(standing.folder).to_json(),
+        "history": _past(standing).to_json(),
         "avoids": _avoided(standing),
         "failure": read_json(standing.folder / "failure.json") if standing.status == "failed" else None,
     }
@@ -69,7 +72,7 @@ def _text(s: Standing) -> list[str]:
         return [*text, *_facts(facts), "", *rows(s.elements, width())]
     if avoided := _avoided(s):
         facts["avoids"] = "; ".join(f"{host} ({why})" for host, why in avoided.items())
-    past = history.read(s.folder)
+    past = _past(s)
     if past.attempts:
         facts["time"] = _times(past)
     if past.lost_steps is not None:
@@ -80,6 +83,15 @@ def _text(s: Standing) -> list[str]:
     if s.status == "failed" and (report := _failure(s)):
         text += ["", report]
     return text
+
+
+def _past(s: Standing) -> History:
+    """Its history; of an attempt that runs, with where it was half a minute ago at most."""
+    past = history.read(s.folder)
+    live = (read_json(s.folder / "state.json") or {}).get("progress")
+    if s.status != "running" or live is None or not past.attempts or past.attempts[-1].ended is not None:
+        return past
+    return History((*past.attempts[:-1], replace(past.attempts[-1], progress=Progress(**live))))
 
 
 def _avoided(s: Standing) -> dict[str, str]:
