@@ -172,8 +172,8 @@ class BatchExecutor(slurm.SlurmExecutor):
             raise
         except ClusterError as error:
             raise ClusterError(
-                f"{error}\nNothing was submitted. sinfo -o '%P %l %D %c %m %G' lists the partitions: time limit, nodes, "
-                "and CPUs, memory and GPUs of each node"
+                f"{error}\nNothing was submitted. sinfo -o '%P %l %D %c %m %G' lists the partitions: time limit, "
+                "nodes, and CPUs, memory and GPUs of each node"
             ) from error
         return done.stderr.decode(errors="replace").replace("sbatch: ", "").strip()
 
