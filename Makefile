@@ -28,10 +28,10 @@ test-failed: $(BIN)/launch ## those that failed last time, one at a time
 
 test-lab: $(BIN)/launch ## tests on a real Slurm of 3 nodes in namespaces (root; installs Debian's Slurm)
 	tests/lab/install.sh
-	$(BIN)/python -m pytest tests/lab
+	$(BIN)/python -m pytest tests/lab -m "not soak"
 
 test-lab-failed: $(BIN)/launch ## those of the lab's tests that failed last time
-	$(BIN)/python -m pytest --last-failed --last-failed-no-failures none tests/lab
+	$(BIN)/python -m pytest --last-failed --last-failed-no-failures none tests/lab -m "not soak"
 
 lab: $(BIN)/launch ## a Slurm cluster of 3 nodes to play with (root); end it with make lab-down
 	tests/lab/install.sh

@@ -189,8 +189,8 @@ def _lost(attempt: Attempt, after: Attempt | None) -> int | None:
     step = attempt.progress
     if step is None:
         return None
-    if attempt.status == "finished":
-        return 0
+    if attempt.status == "finished" or (attempt.code == 75 and after is None):
+        return 0  # 75 is the program's word that it saved where it stopped
     # Where the next attempt really began is better than where it could have.
     began = None if after is None or after.progress is None else after.progress.began
     kept = began if began is not None else step.saved

@@ -119,6 +119,7 @@ class Supervisor:
         self._signals: list[int] = []
         self._meet_by = time.monotonic() + join_timeout_s
         self._progress: Progress | None = None  # of this attempt's ranks that have ended
+        self._live: Progress | None = None  # of its rank 0, a moment ago
         self._ran = False  # some attempt has begun, so agents have consoles to write out
         self._child_environment = {k: v for k, v in os.environ.items() if not k.startswith("PET_")}
 
@@ -168,8 +169,8 @@ class Supervisor:
 
     @property
     def progress(self) -> Progress | None:
-        """Of the last attempt's ranks that have ended."""
-        return self._progress
+        """Of the last attempt's ranks that have ended; of rank 0 as it ran, if all were lost with their agents."""
+        return self._progress or self._live
 
     @property
     def lost(self) -> dict[str, str]:
@@ -282,6 +283,7 @@ class Supervisor:
 
     def _at_step(self, progress: Progress) -> None:
         """Rank 0 is so far: what people see of a run that runs, and what the time before its limit is learned from."""
+        self._live = progress
         if self._watch is not None:
             self._watch.save_s = progress.save_s
         if time.monotonic() - self._shown >= _SHOWN_EVERY_S:
@@ -496,6 +498,8 @@ class Supervisor:
         elif agent.link.unreachable:
             how = f"{agent.host} no longer answers"
             self.unreachable.add(agent.host)
+        elif agent.host and self._step is not None:
+            how = f"the agent on {agent.host} was killed, or cut off"
         how = agent.why or how
         if agent.index is None:
             if agent.process is not None:
@@ -515,8 +519,8 @@ class Supervisor:
                 self._send(action.node, action.message)
             elif action.kind == "started":
                 self._ran = True
-                self.run.set_state(attempt=self.gang.attempt)
-                self._progress = None
+                self.run.set_state(attempt=self.gang.attempt, progress=None)
+                self._progress = self._live = None
                 self.run.event("attempt", attempt=self.gang.attempt, hosts=self._hosts(), **action.message)
             elif action.kind == "restarting":
                 self._restarting(action)
@@ -592,7 +596,7 @@ class Supervisor:
         return [self._host_of.get(i, "") for i in range(len(self.gang.nodes))]
 
     def _progress_json(self) -> dict[str, Any] | None:
-        return None if self._progress is None else self._progress.to_json()
+        return None if self.progress is None else self.progress.to_json()
 
     def _record_failure(self, outcome: Outcome) -> None:
         root = outcome.root

@@ -1,4 +1,7 @@
-"""A cluster that fails, and a preemption at the worst moment: the run ends as if nobody had disturbed it."""
+"""Everything that stops a run, from inside, from outside, at the worst moment: it ends as if nobody had disturbed it.
+
+One of each kind is in the lab's own suite, its variants are soak.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(240)]
 
 RANKS = 4
+EVERY = 10  # steps between two checkpoints
 STOPPED = -1  # in place of a step: the last one that the attempt before made
 
 
@@ -88,6 +92,9 @@ def ended_as(undisturbed: dict, job: Job, *began: int) -> list[dict]:
     attempts = told["history"]["attempts"]
     steps = [job.step(number) if step == STOPPED else step for number, step in enumerate(began)]
     assert [a["resumed_step"] for a in attempts[1:]] == steps, job.story()
+    lost = [a["lost_steps"] or 0 for a in attempts]
+    assert max(lost) <= EVERY, job.story()
+    assert not any(steps for steps, step in zip(lost, began, strict=False) if step == STOPPED), job.story()
     at_rest(job)
     return attempts
 
@@ -108,6 +115,124 @@ def at_rest(job: Job) -> None:
         raise AssertionError(f"{error}: {busy()}\n{job.story()}") from None
 
 
+# ---------------------------------------------------------------------------------------------- with a warning
+
+
+def test_preempted_in_training(lab, submit, undisturbed):
+    job = submit("--slow-from", "14")
+    job.wait_step(14)
+    preempt(job)
+    job.wait(lambda: job.of("requeued"), "the requeue")
+    stop = job.stop()
+    assert stop["requested"] < stop["deadline"] <= stop["requested"] + lab.settings.grace
+    attempts = ended_as(undisturbed, job, STOPPED)
+    assert attempts[0]["cause"] == stop["cause"] == "preempted"
+    assert [e["by"] for e in job.of("requeued")] == ["supervisor"]
+    assert [e["restart"] for e in job.of("job")] == [0, 1]
+    assert len(job.markers) == 1
+
+
+def test_the_time_limit_is_foreseen(submit, lab, undisturbed):
+    job = submit("--slow-from", "14", options=("--time", "1", "--stop-lead", "30"))
+    job.wait(lambda: job.of("requeued"), "the requeue")
+    lab.wait_state(job.id, "PENDING")
+    lab.run("scontrol", "update", f"JobId={job.id}", "TimeLimit=UNLIMITED")  # a busy machine needs more than 30 s
+    attempts = ended_as(undisturbed, job, STOPPED)
+    assert attempts[0]["cause"] == "time limit"
+    assert job.state["ledger"]["timeouts"] == 1
+
+
+def test_cancelled_it_saves_and_stays_stopped(submit, lab, undisturbed):
+    job = submit("--slow-from", "14")
+    job.wait_step(14)
+    lab.run("scancel", job.id)
+    state = job.wait_over()
+    assert (state["status"], state["exit_code"]) == ("stopped", 75), job.story()
+    assert lab.state(job.id) == "CANCELLED"
+    assert not job.markers
+    (attempt,) = shown(job)["history"]["attempts"]
+    assert (attempt["cause"], attempt["lost_steps"]) == ("cancelled", 0)
+    assert attempt["last_step"] == job.step(0)
+    at_rest(job)
+    # It goes on when its owner wants it to.
+    words = (LAUNCH, "resume", "-d", job.folder)
+    job.id = lab.run(*words, environment={"XDG_STATE_HOME": str(job.folder / "state")}).strip()
+    job.wait_attempts(2)
+    ended_as(undisturbed, job, STOPPED)
+
+
+def test_requeued_by_hand_it_is_not_requeued_again(submit, lab, undisturbed):
+    job = submit("--slow-from", "14")
+    job.wait_step(14)
+    lab.run("scontrol", "requeue", job.id)
+    attempts = ended_as(undisturbed, job, STOPPED)
+    assert attempts[0]["cause"] == "requeued"
+    assert not job.markers
+    assert lab.job(job.id)["Restarts"] == "1"
+
+
+# ---------------------------------------------------------------------------------------------- without one
+
+
+def test_a_killed_rank_costs_a_failure_of_the_budget(submit, undisturbed):
+    job = submit("--hold", "15", options=("--max-failures", "1"))
+    wait_held(job)
+    job.kill("node2", "rank", 1)
+    attempts = ended_as(undisturbed, job, EVERY)
+    assert "was killed by SIGKILL" in attempts[0]["cause"]
+    assert attempts[0]["lost_steps"] == 4  # the 15th had not come to its end
+    assert job.state["ledger"]["failures"] == 1
+    assert len(job.of("job")) == 1
+
+
+@pytest.mark.parametrize("node", ["node2", pytest.param("node1", marks=pytest.mark.soak)])
+def test_a_killed_agent_is_no_failure_of_the_run(submit, undisturbed, node):
+    job = submit("--hold", "15")
+    wait_held(job)
+    job.kill(node, "agent")
+    attempts = ended_as(undisturbed, job, EVERY)
+    assert f"agent on {node}" in attempts[0]["cause"]
+    assert attempts[0]["lost_steps"] in range(EVERY)  # of node1 it is known how far it was a moment before
+    assert job.state["ledger"]["failures"] == 0
+    assert len(job.markers) == 1
+
+
+def test_a_killed_supervisor_is_replaced(submit, lab, undisturbed):
+    job = submit("--slow-from", "14")
+    job.wait_step(14)
+    job.kill("node1", "supervisor")
+    attempts = ended_as(undisturbed, job, STOPPED)
+    assert attempts[0]["cause"] == "the supervisor was killed"
+    assert [e["by"] for e in job.of("requeued")] == ["agent"]
+    assert lab.job(job.id)["Restarts"] == "1"
+
+
+def test_a_killed_slurmd_takes_the_run_elsewhere(submit, lab, undisturbed):
+    job = submit("--slow-from", "14")
+    job.wait_step(14)
+    lab.kill_slurmd("node2")
+    # slurmctld takes up to half a minute to see it for itself.
+    lab.run("scontrol", "update", "NodeName=node2", "State=DOWN", "Reason=slurmd")
+    job.wait_attempts(2)
+    assert job.of("attempt")[1]["hosts"] == ["node1", "node3"]
+    lab.start_slurmd("node2")
+    attempts = ended_as(undisturbed, job, STOPPED)
+    assert attempts[0]["cause"] == "node failure"
+
+
+def test_a_powered_off_node_is_avoided(submit, lab, undisturbed):
+    job = submit("--slow-from", "14", options=("--max-failures", "1"))  # of which this costs none
+    job.wait_step(14)
+    lab.kill_node("node2")
+    job.wait_attempts(2)
+    assert job.of("attempt")[1]["hosts"] == ["node1", "node3"]
+    lab.boot_node("node2")
+    attempts = ended_as(undisturbed, job, EVERY)
+    assert "node2 no longer answers" in attempts[0]["cause"]
+    assert job.state["ledger"]["failures"] == 0
+    assert list(job.state["ledger"]["excluded"]) == ["node2"]
+
+
 # ---------------------------------------------------------------------------------------------- the cluster fails
 
 
@@ -123,11 +248,12 @@ def test_a_cut_cable_takes_the_run_elsewhere(lab, submit, undisturbed):
     job.wait_attempts(2)
     assert job.of("attempt")[1]["hosts"] == ["node1", "node3"]
     lab.link_up("node2")
-    attempts = ended_as(undisturbed, job, 10)
+    attempts = ended_as(undisturbed, job, EVERY)
     assert "node2 no longer answers" in attempts[0]["cause"]
     assert len(job.markers) == 1
 
 
+@pytest.mark.soak
 def test_the_supervisors_own_cable_is_cut(lab, submit, undisturbed):
     job = submit("--slow-from", "14")
     job.wait_step(14)
@@ -138,11 +264,11 @@ def test_the_supervisors_own_cable_is_cut(lab, submit, undisturbed):
     job.wait_attempts(2)
     assert job.of("attempt")[1]["hosts"] == ["node2", "node3"]
     lab.link_up("node1")
-    ended_as(undisturbed, job, 10)
+    ended_as(undisturbed, job, EVERY)
     assert lab.job(job.id)["Restarts"] == "1"
 
 
-@pytest.mark.parametrize("how", ["shut down", "killed"])
+@pytest.mark.parametrize("how", ["killed", pytest.param("shut down", marks=pytest.mark.soak)])
 def test_training_goes_on_while_slurmctld_is_away(lab, submit, undisturbed, how):
     job = submit("--slow-from", "5")
     job.wait_step(5)
@@ -156,6 +282,7 @@ def test_training_goes_on_while_slurmctld_is_away(lab, submit, undisturbed, how)
     assert lab.job(job.id)["Restarts"] == "0"
 
 
+@pytest.mark.soak
 def test_a_run_ends_while_slurmctld_is_away(lab, submit, undisturbed):
     job = submit("--hold", "55")
     wait_held(job)
@@ -180,7 +307,7 @@ def test_accounting_is_dead_from_before_submission_on(lab, submit, undisturbed):
     assert attempts[0]["cause"].startswith("preempted")
 
 
-@pytest.mark.parametrize("how", ["shut down", "killed"])
+@pytest.mark.parametrize("how", ["shut down", pytest.param("killed", marks=pytest.mark.soak)])
 def test_slurmctld_ends_as_it_preempts(lab, submit, undisturbed, how):
     job = submit("--hold", "15")
     wait_held(job)
@@ -199,6 +326,7 @@ def test_slurmctld_ends_as_it_preempts(lab, submit, undisturbed, how):
     assert attempts[0]["cause"] in ["preempted", *forgotten]
 
 
+@pytest.mark.soak
 def test_slurmctld_is_away_at_the_time_limit(lab, submit, undisturbed):
     job = submit("--slow-from", "5", options=("--time", "1", "--stop-lead", "40"))
     job.wait_step(5)
@@ -217,7 +345,7 @@ def test_preempted_in_a_save_that_the_grace_is_too_short_for(lab, submit, undist
     job = submit("--hold", "save")
     wait_held(job)
     preempt(job)
-    attempts = ended_as(undisturbed, job, 10)
+    attempts = ended_as(undisturbed, job, EVERY)
     assert attempts[0]["cause"].startswith("preempted")
 
 
@@ -260,6 +388,7 @@ def test_preempted_while_the_ranks_import(lab, submit, undisturbed):
     assert attempts[0]["resumed_step"] is None
 
 
+@pytest.mark.soak
 def test_preempted_while_the_agents_import(lab, submit, undisturbed, tmp_path):
     (tmp_path / "slow_start.py").write_text(
         "import socket, time\n"

@@ -105,13 +105,14 @@ def test_the_story_of_a_run(here: Path) -> None:
         ({"status": "failed", "progress": page(70, 0, 50)}, 20),  # from its last save, if it goes on
         ({"status": "failed", "progress": page(70, 40)}, 30),  # it saved nothing: back to where it began
         ({"status": "stopped", "progress": page(70, 40, 70)}, 0),
+        ({"status": "stopped", "progress": page(70, 40, 50), "code": 75}, 0),  # code 75: it saved where it stopped
         ({"status": "failed", "progress": None}, None),
     ],
 )
 def test_what_a_last_attempt_lost(here: Path, end: dict, lost: int | None) -> None:
     with make(here, "r") as run:
         tell(run, "attempt", 100.0, attempt=0, world_size=2)
-        tell(run, "end", 200.0, attempt=0, code=1, cause="", **end)
+        tell(run, "end", 200.0, **{"attempt": 0, "code": 1, "cause": "", **end})
     assert history.read(run.path).lost_steps == lost
 
 
@@ -134,6 +135,15 @@ def test_slurm_says_afterwards_what_a_signal_was_for(here: Path, told: str, caus
         tell(run, "job", 5.0, submitted=0.0)
         tell(run, "job-end", 6.0, cause="cancelled")
     assert [a.cause for a in history.read(run.path).attempts] == [shown]
+
+
+def test_an_attempt_that_runs_tells_how_far_it_is(here: Path) -> None:
+    with make(here, "r") as run:
+        tell(run, "attempt", 1.0, attempt=0, world_size=2)
+        run.set_state(status="running", attempt=0, pid=1, pid_start=1, host="another-host", progress=page(35, 0, 30))
+        (attempt,) = json.loads(said("show", "r", "--json"))[0]["history"]["attempts"]
+        assert (attempt["status"], attempt["last_step"], attempt["lost_steps"]) == ("running", 35, None)
+        assert "0-35" in said("show", "r")
 
 
 def test_how_runs_stand(here: Path) -> None:
