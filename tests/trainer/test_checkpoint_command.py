@@ -137,10 +137,16 @@ def test_what_was_set_aside_is_named_checked_and_removed(url, capsys):
     assert [m.name for m in Store(url).list()] == ["s1"]
 
 
-def test_a_file_without_a_checksum_is_not_called_whole(tmp_path, capsys):
-    torch.save({"w": torch.ones(3)}, tmp_path / "foreign.pt")
-    assert main(["verify", str(tmp_path / "foreign.pt")]) == 0
+@pytest.mark.parametrize("name", ["foreign.pt", "foreign.safetensors"])
+def test_a_file_without_a_checksum_is_not_called_whole(name, tmp_path, capsys):
+    save = torch.save if name.endswith(".pt") else safetensors.torch.save_file
+    save({"w": torch.ones(3)}, tmp_path / name)
+    assert main(["verify", str(tmp_path / name)]) == 0
     assert "no checksum of ours" in capsys.readouterr().out
+    assert main(["show", str(tmp_path / name)]) == 0
+    assert "w  torch.float32 [3]" in capsys.readouterr().out
+    os.truncate(tmp_path / name, 60)
+    assert main(["verify", str(tmp_path / name)]) == 1
 
 
 def test_launch_starts_it_as_a_program(url):

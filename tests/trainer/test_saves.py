@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -89,6 +90,14 @@ def test_a_full_disk_is_a_warning_and_the_best_ones_stay(boring, data, quiet, tm
     assert (tmp_path / "c" / "last.ckpt").read_bytes() == (tmp_path / "c" / "step=10.ckpt").read_bytes()
     # One batch after each save the callback named nothing that was not there.
     assert seen == [set()] * 5
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a small disk needs root")
+def test_a_disk_that_is_really_full(gang, tmp_path):
+    (tmp_path / "disk").mkdir()
+    said = gang.ok(1, "full_disk.py", str(tmp_path / "disk"))[0].stdout.splitlines()[-1]
+    # The first few fit; what came later was lost with a warning each, until there was room for the last.
+    assert re.fullmatch(r"WARNED (1[0-9]) \[2, 3(, 4)?, 21\]", said), said
 
 
 def test_a_checkpoint_is_listed_when_it_is_durable_and_not_before(boring, data, quiet, tmp_path, monkeypatch):

@@ -179,17 +179,8 @@ def load_file(path: str | os.PathLike[str], *, map_location: Any = "cpu", weight
     return state
 
 
-def verify_file(path: str | os.PathLike[str]) -> list[str]:
-    """What is wrong with a torch file, in words; empty if all is well. One without our checksum is only opened."""
-    try:
-        load_file(path)
-    except CheckpointDamagedError as error:
-        return [str(error)]
-    return []
-
-
 def has_checksum(path: str | os.PathLike[str]) -> bool:
-    """Whether we wrote a file, so that `verify_file` knows what its bytes should be."""
+    """Whether we wrote a file, so that `load_file` knows what its bytes should be."""
     place = Folder.at(path)
     return is_sealed(memoryview(place.fs.tail(place.path, TAIL_BYTES)))
 
