@@ -26,10 +26,13 @@ import trainer as T
 
 PLACES = ("train", "validation", "save", "epoch_end")
 FOLDER = Path(os.environ["LAUNCH_RUN_DIR"])
+OPTIMIZER = FOLDER / "optimizer.txt"
 ATTEMPT, RANK = int(os.environ["LAUNCH_ATTEMPT"]), int(os.environ.get("RANK", "0"))
 VIRTUAL = int(os.environ.get("VIRTUAL", "0"))
 HURT = dict(enumerate(json.loads(os.environ.get("HURT", "[]")))).get(ATTEMPT)
 COUNTS = dict.fromkeys(PLACES, 0)
+# Whether an earlier attempt left something to go on from; if not, this one is the first again.
+RESUMES = (FOLDER / "checkpoints" / "saved.json").exists()
 
 
 def place(where: str) -> None:
@@ -119,6 +122,12 @@ class Model(T.Module):
     def on_save_checkpoint(self, checkpoint) -> None:
         place("save")
 
+    def on_train_end(self) -> None:
+        # An attempt may die between the end of the training and that of the script: the next one has nothing to do.
+        if RANK == 0:
+            states = self.trainer.optimizers[0].state_dict()["state"]
+            OPTIMIZER.write_text(digest(value for state in states.values() for value in state.values()))
+
     def configure_optimizers(self):
         optimizer = torch.optim.AdamW(self.parameters(), lr=3e-3)
         plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, factor=0.7)
@@ -134,7 +143,7 @@ class Rows(T.loggers.Logger):
     name, version, path = "rows", 0, FOLDER / "rows.json"
 
     def __init__(self) -> None:
-        self.rows = json.loads(self.path.read_text()) if self.path.exists() else []
+        self.rows = json.loads(self.path.read_text()) if RESUMES and self.path.exists() else []
 
     def resume(self, step: int) -> None:
         self.rows = [r for r in self.rows if r[0] < step]
@@ -160,9 +169,9 @@ def digest(values) -> str:
 def main() -> None:
     warnings.filterwarnings("ignore", message=".*isn't be used.*")
     # A restart must not depend on how it was seeded.
-    T.seed_everything(1 if ATTEMPT == 0 else 99, verbose=False)
+    T.seed_everything(99 if RESUMES else 1, verbose=False)
     model = Model()
-    T.seed_everything(2 + ATTEMPT * 10 + (0 if VIRTUAL else RANK), verbose=False)
+    T.seed_everything(2 + ATTEMPT * 10 * RESUMES + (0 if VIRTUAL else RANK), verbose=False)
     os.environ["PL_GLOBAL_SEED"] = "3"
     average = T.callbacks.EMAWeightAveraging(decay=0.9)
     rows, workers = Rows(), int(os.environ.get("WORKERS", "0"))
@@ -177,11 +186,10 @@ def main() -> None:
     samples = 101
     trainer.fit(model, DataLoader(Data(samples, 0.1), batch_size=3, shuffle=True, num_workers=workers),
                 DataLoader(Data(23, 0.01), batch_size=4))  # fmt: skip
-    states = trainer.optimizers[0].state_dict()["state"] if trainer.optimizers else {}
     if RANK == 0:
         end = {
             "weights": digest(model.state_dict().values()),
-            "optimizer": digest(v for state in states.values() for v in state.values()),
+            "optimizer": OPTIMIZER.read_text(),
             "rows": digest([json.dumps(rows.rows)]), "count": len(rows.rows),
             "place": [trainer.current_epoch, trainer.global_step],
         }  # fmt: skip

@@ -10,6 +10,7 @@ import os
 import random
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -42,7 +43,10 @@ def launch(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str
     """`launch` as a process. What is left of an attempt that lost a rank has little to save."""
     environment = os.environ | variables | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", "import sys; from launcher.cli import main; sys.exit(main())", *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200, check=False)
+    # The loader workers of a rank that was killed leave their temporary folders.
+    with tempfile.TemporaryDirectory() as temporary:
+        environment["TMPDIR"] = temporary
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200, check=False)
 
 
 def start(folder: Path, ranks: int, *options: str) -> list[str]:

@@ -43,6 +43,24 @@ def test_two_ranks_stop_together_die_and_go_on(gang, tmp_path):
     assert end(hurt) == end(whole)
 
 
+def test_virtual_ranks_end_alike_after_a_kill_on_another_number_of_ranks(gang, tmp_path):
+    def variables(name, attempt, hurts=()):
+        (tmp_path / name).mkdir(exist_ok=True)
+        return {"LAUNCH_RUN_DIR": str(tmp_path / name), "LAUNCH_ATTEMPT": str(attempt), "VIRTUAL": "3", "EPOCHS": "1",
+                "HURT": json.dumps(hurts)}  # fmt: skip
+
+    gang.ok(1, "soak_job.py", env=variables("whole", 0))
+    hurts = [["SIGTERM", 1, "train", 3, 0.0], ["SIGKILL", 0, "train", 4, 0.0]]
+    stopped = gang(3, "soak_job.py", env=variables("hurt", 0, hurts))
+    assert [r.returncode for r in stopped] == [75, 75, 75], stopped
+    # (Rank 0: without it nobody waits for the others' parts of a checkpoint.)
+    killed = gang(2, "soak_job.py", env=variables("hurt", 1, hurts))
+    assert killed[0].returncode == -signal.SIGKILL
+    gang.ok(1, "soak_job.py", env=variables("hurt", 2))
+    ends = [json.loads((tmp_path / name / "end.json").read_text()) for name in ("whole", "hurt")]
+    assert ends[0] == ends[1]
+
+
 class Died(Exception):
     """Ends an attempt like a crash: nothing is saved."""
 
@@ -454,6 +472,20 @@ def test_a_damaged_checkpoint_is_passed_over(run_folder):
     newest.write_bytes(newest.read_bytes()[:100])
     with pytest.warns(UserWarning, match="trying an older one"):
         assert attempt(folder) == whole
+
+
+def test_another_number_of_threads_is_told(quiet, tmp_path):
+    loaders = DataLoader(Noisy(38, 0.1), 4), DataLoader(Noisy(10, 0.0), 4)
+    trainer = quiet(max_epochs=1)
+    trainer.fit(Model(), *loaders)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    now = torch.get_num_threads()
+    torch.set_num_threads(now + 1)
+    try:
+        with pytest.warns(UserWarning, match=f"made with {now} intra-op threads.*OMP_NUM_THREADS={now}"):
+            quiet(max_epochs=2).fit(Model(), *loaders, ckpt_path=tmp_path / "a.ckpt")
+    finally:
+        torch.set_num_threads(now)
 
 
 def test_ckpt_path_by_name(quiet, tmp_path):
