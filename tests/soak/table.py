@@ -24,10 +24,12 @@ Written by `make soak`, one row per suite and case: that of the newest run witho
 
 def keep(suite: str, case: str, seconds: float, **counted: object) -> None:
     """Write a row in the place of the one with the same suite and case. To be called when all has held."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=REPO)
+    # The table itself does not make the tree another one.
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
+    commit = _git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
     machine = f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}"
     figures = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in counted.items())
-    cells = [suite, case, figures, f"{seconds:.0f}", time.strftime("%Y-%m-%d"), commit.stdout.strip(), machine]
+    cells = [suite, case, figures, f"{seconds:.0f}", time.strftime("%Y-%m-%d"), commit, machine]
     row = f"| {' | '.join(cells)} |"
     TABLE.parent.mkdir(exist_ok=True)
     with open(TABLE, "a+") as table:
@@ -37,3 +39,7 @@ def keep(suite: str, case: str, seconds: float, **counted: object) -> None:
         others = [line for line in rows if not line.startswith(f"| {suite} | {case} |")]
         table.truncate(0)
         table.write(_HEAD + "\n".join(sorted([*others, row])) + "\n")
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=REPO, check=False).stdout.strip()
