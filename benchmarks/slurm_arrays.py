@@ -9,7 +9,6 @@ how many there were. Medians.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -20,6 +19,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests" / "lab"))
+
+from facts import facts, tell  # noqa: E402
 
 from lab import FOLDER, Lab, Settings  # noqa: E402
 
@@ -58,8 +59,9 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--elements", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", metavar="FILE")
     o = parser.parse_args()
+    before = facts()
     folder = FOLDER.with_name(FOLDER.name + "-benchmark")
     lab = Lab.up(Settings(), folder)
     rounds: dict[str, list[dict[str, float | int]]] = {}
@@ -81,16 +83,7 @@ def main() -> None:
         what: {key: round(statistics.median(one[key] for one in found), 3) for key in found[0]}
         for what, found in rounds.items()
     }
-    for what, values in medians.items():
-        print(
-            f"{what:<14}own {values['own_s']:.3f} s   Slurm's {values['slurm_s']:.3f} s in {values['calls']:.0f} calls"
-        )
-    if o.json is not None:
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
-        ).stdout
-        record = {"elements": o.elements, "commit": commit.strip(), "cpus": os.cpu_count(), "medians": medians}
-        o.json.write_text(json.dumps(record, indent=1) + "\n")
+    tell(before | {"elements": o.elements, "medians": medians}, o.json)
 
 
 if __name__ == "__main__":

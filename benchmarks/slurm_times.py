@@ -2,8 +2,9 @@
 
     python benchmarks/slurm_times.py [--rounds 5] [--restarts 3] [--json FILE]
 
-start    2 nodes x 4 ranks, one all-reduce: from the moment at which Slurm starts the job's batch script to the last
-         rank having met, for `launch` and for `sbatch --wrap "srun torchrun ..."`, taking turns; median ratio.
+start    2 nodes x 4 ranks, one all-reduce: seconds of the command that submits, and from the start of the batch script
+         to the last rank having met, for `launch -d` and for `sbatch --wrap "srun torchrun ..."`, taking turns; median
+         ratio. What lies between the two is Slurm's own waiting.
 restart  2 nodes x 2 ranks in mid-training, followed, preempted by a higher partition for a second, AuthInfo's
          cred_expire at its default of 120 s: from SIGTERM to the first step after it.
 """
@@ -12,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -23,6 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests" / "lab"))
 
+from facts import facts, tell  # noqa: E402
 from job import LAUNCH, Job  # noqa: E402
 from netns import wait_for  # noqa: E402
 
@@ -60,10 +61,13 @@ def start(lab: Lab, folder: Path, how: str, number: int) -> float:
                 f"--rdzv-endpoint $SLURMD_NODENAME:29500 {program}")  # fmt: skip
         words = ["sbatch", "--parsable", "--nodes=2", "--ntasks-per-node=1", "--exclusive", "--output=out",
                  f"--wrap={begun(marks / 't0')}\n{line}"]  # fmt: skip
+    asked = time.monotonic()
     lab.run(*words, cwd=cwd, environment=environment)
+    submitting = time.monotonic() - asked
     wait_for(lambda: len(list(marks.glob("[0-7]"))) == 8, 180, f"8 ranks of {how}")
     wait_for(lambda: not lab.queue(), 60, "the end of the job")
-    return max(float(p.read_text()) for p in marks.glob("[0-7]")) - float((marks / "t0").read_text())
+    met = max(float(p.read_text()) for p in marks.glob("[0-7]"))
+    return submitting + met - float((marks / "t0").read_text())
 
 
 def restart(lab: Lab, folder: Path, number: int) -> dict[str, float]:
@@ -97,8 +101,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--restarts", type=int, default=3)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args()
+    before = facts()
     lab = Lab.up(Settings(cred_expire=120), FOLDER.with_name(FOLDER.name + "-benchmark"))
     try:
         with tempfile.TemporaryDirectory() as name:
@@ -110,17 +115,12 @@ def main() -> None:
     finally:
         lab.down()
     ratios = [a / b for a, b in zip(times["launch"], times["srun torchrun"], strict=True)]
-    results = {
-        "commit": subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT,
-                                 check=True).stdout.strip(),
-        "machine": f"{os.cpu_count()} cores, {os.uname().machine}",
+    report = {
         "start_s": {how: [round(t, 2) for t in found] for how, found in times.items()},
         "start_ratio_median": round(statistics.median(ratios), 3) if ratios else None,
         "restart_s": [{what: round(t, 2) for what, t in one.items()} for one in again],
-    }  # fmt: skip
-    print(json.dumps(results, indent=1))
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=1) + "\n")
+    }
+    tell(before | report, options.json)
 
 
 if __name__ == "__main__":
