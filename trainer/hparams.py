@@ -5,20 +5,21 @@ from __future__ import annotations
 import copy
 import inspect
 from argparse import Namespace
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import fields, is_dataclass
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, cast
 
 import torch.nn as nn
 
-from trainer.errors import ModuleError
+from trainer.errors import CheckpointError, ModuleError
 from trainer.ranks import rank_zero_warn
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-    from types import FrameType
+    from types import CodeType, FrameType
 
 _given: ContextVar[dict[str, Any] | None] = ContextVar("given_hyperparameters", default=None)
 
@@ -162,8 +163,11 @@ def _init_arguments(frame: FrameType | None, owner: object) -> dict[str, Any]:
     inside = False
     while frame is not None:
         local = frame.f_locals
-        if frame.f_code.co_name == "__init__" and "__class__" in local:
-            parameters = inspect.signature(local["__class__"].__init__).parameters
+        # Python keeps the class in the frame only if __init__ says super().
+        defined = (c for c in type(owner).__mro__ if _code_of(c) is frame.f_code)
+        cls: type[Any] | None = local.get("__class__") or next(defined, None)
+        if frame.f_code.co_name == "__init__" and cls is not None:
+            parameters = inspect.signature(cls.__init__).parameters
             names = list(parameters)
             if names and local.get(names[0]) is owner:
                 inside = True
@@ -178,6 +182,35 @@ def _init_arguments(frame: FrameType | None, owner: object) -> dict[str, Any]:
             break
         frame = frame.f_back
     return found
+
+
+def _code_of(cls: type[Any]) -> CodeType | None:
+    """The code of the `__init__` that a class itself defines."""
+    return getattr(vars(cls).get("__init__"), "__code__", None)
+
+
+def storable(values: Any) -> tuple[dict[str, Any], list[str]]:
+    """What of hyperparameters a checkpoint can hold, paths as str; and the names of the others, such as modules."""
+    from trainer.checkpoint.values import encode
+
+    kept, left_out = {}, []
+    for name, value in values.items():
+        plain = _plain(value)
+        try:
+            encode({"": plain})
+        except CheckpointError:
+            left_out.append(str(name))
+        else:
+            kept[name] = plain
+    return kept, left_out
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, PurePath):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if type(value) is list else value
 
 
 def build_from_hparams(cls: type[Any], checkpoint: dict[str, Any], overrides: dict[str, Any]) -> Any:

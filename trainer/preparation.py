@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 from trainer.callbacks.finders import Finder
 from trainer.errors import ConfigError
 from trainer.forms import bound_step, check_manual, require_dataloader_idx
+from trainer.hparams import storable
 from trainer.loading import to_device
 from trainer.loop import Evaluation, Fit, Stopping, clip, evaluate
 from trainer.optimizers import WrappedOptimizer, needs_closure, read_optimizers
 from trainer.progress import PREDICT, TEST, TRAIN, VALIDATE
 from trainer.rank_state import place_in_epoch, restore_random, restore_rank
-from trainer.ranks import rank_zero_info
+from trainer.ranks import rank_zero_info, rank_zero_warn
 from trainer.seed import chosen_seed, isolate_rng
 from trainer.state import (
     RunningStage,
@@ -83,6 +84,7 @@ def prepare_fit(
         rank_zero_info(f"fit goes on from {found.name}: epoch {trainer.current_epoch}, step {trainer.global_step}.")
     if trainer.page is not None:
         trainer.page.began(trainer.global_step)
+    _warn_of_what_is_not_saved(trainer)
     trainer.fit_run = run = _make_fit(trainer, module, hooks)
     trainer.data.load_training(run)
     if found is not None:
@@ -92,6 +94,18 @@ def prepare_fit(
         raise Stopping  # a signal during the set-up: nothing was trained, so there is nothing to save
     module.zero_grad()
     return run
+
+
+def _warn_of_what_is_not_saved(trainer: Trainer) -> None:
+    for owner in (trainer.lightning_module, trainer.datamodule):
+        if owner is not None and (names := storable(owner.hparams)[1]):
+            kind = type(owner).__name__
+            rank_zero_warn(
+                f"Checkpoints hold data, not objects, so they will lack the hyperparameters {', '.join(names)} of "
+                f"{kind}. Give them again to {kind}.load_from_checkpoint(path, "
+                f"{', '.join(f'{name}=...' for name in names)}), or leave them out: "
+                f"save_hyperparameters(ignore={names})."
+            )
 
 
 def begin(run: Fit) -> None:

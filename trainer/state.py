@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trainer.errors import CheckpointError, ConfigError
+from trainer.hparams import storable
 from trainer.rank_state import rank_state
 from trainer.ranks import rank_zero_warn
 
@@ -129,7 +130,7 @@ def capture(trainer: Trainer, *, weights_only: bool = False) -> tuple[dict[str, 
     for owner in (module, datamodule):
         if owner is not None and owner.hparams:
             shared[owner.CHECKPOINT_HYPER_PARAMS_NAME] = owner._hparams_name
-            shared[owner.CHECKPOINT_HYPER_PARAMS_KEY] = dict(owner.hparams)
+            shared[owner.CHECKPOINT_HYPER_PARAMS_KEY] = storable(owner.hparams)[0]
     if datamodule is not None and (data_state := datamodule.state_dict()):
         shared[type(datamodule).__qualname__] = data_state
     if not weights_only:

@@ -130,6 +130,34 @@ def test_checkpoint_file_round_trip(data, quiet, tmp_path):
         quiet().fit(Sub(depth=1), data(), ckpt_path=tmp_path / "none.ckpt")
 
 
+def test_hyperparameters_that_no_checkpoint_holds_are_named_before_training(data, quiet, tmp_path):
+    class Wrapping(Sized):
+        def __init__(self, net, root, table, act=torch.relu):
+            T.Module.__init__(self)
+            self.save_hyperparameters()
+            self.layer, self.lr = net, 0.1
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def build():
+        return Wrapping(torch.nn.Linear(4, 1), tmp_path, {"paths": [tmp_path], "n": 1})
+
+    trainer = quiet(max_epochs=1)
+    with pytest.warns(UserWarning, match=r"keeps the module 'net'"):
+        model = build()
+    with pytest.warns(UserWarning, match=r"hyperparameters net, act of Wrapping\. .*\(path, net=\.\.\., act=\.\.\.\)"):
+        trainer.fit(model, data())
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    saved = torch.load(tmp_path / "x.ckpt", weights_only=True)["hyper_parameters"]
+    assert saved == {"root": str(tmp_path), "table": {"paths": [str(tmp_path)], "n": 1}}
+    with pytest.raises(ModuleError, match="missing a required argument: 'net'"):
+        Wrapping.load_from_checkpoint(tmp_path / "x.ckpt")
+    with pytest.warns(UserWarning, match=r"keeps the module 'net'"):
+        loaded = Wrapping.load_from_checkpoint(tmp_path / "x.ckpt", net=torch.nn.Linear(4, 1))
+    assert torch.equal(loaded.layer.weight, model.layer.weight)
+
+
 def test_missing_hyperparameters_are_named(data, quiet, tmp_path):
     class Silent(Sized):
         def __init__(self, width, lr=0.1):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC
+from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from trainer.callbacks.callback import Callback
@@ -13,6 +14,27 @@ if TYPE_CHECKING:
 
     from trainer.module import Module
     from trainer.trainer import Trainer
+
+
+class WriteInterval(str, Enum):
+    """When predictions are written."""
+
+    BATCH = "batch"
+    EPOCH = "epoch"
+    BATCH_AND_EPOCH = "batch_and_epoch"
+
+    def __str__(self) -> str:
+        return self.value
+
+    @property
+    def on_batch(self) -> bool:
+        """Whether after each batch."""
+        return self is not WriteInterval.EPOCH
+
+    @property
+    def on_epoch(self) -> bool:
+        """Whether at the end."""
+        return self is not WriteInterval.BATCH
 
 
 class BasePredictionWriter(Callback, ABC):
@@ -29,11 +51,12 @@ class BasePredictionWriter(Callback, ABC):
     """
 
     def __init__(self, write_interval: str = "batch") -> None:
-        if write_interval not in ("batch", "epoch", "batch_and_epoch"):
+        try:
+            self.interval = WriteInterval(write_interval)
+        except ValueError:
             raise ConfigError(
                 f"{type(self).__name__}(write_interval={write_interval!r}). Allowed: batch, epoch, batch_and_epoch."
-            )
-        self.interval = write_interval
+            ) from None
 
     def write_on_batch_end(
         self,
@@ -55,14 +78,15 @@ class BasePredictionWriter(Callback, ABC):
         raise NotImplementedError(f"{type(self).__name__}.write_on_epoch_end is not written")
 
     def setup(self, trainer: Trainer, pl_module: Module, stage: str) -> None:
-        for interval, name in (("batch", "write_on_batch_end"), ("epoch", "write_on_epoch_end")):
-            if interval in self.interval and getattr(type(self), name) is getattr(BasePredictionWriter, name):
-                raise ConfigError(f"{type(self).__name__}(write_interval={self.interval!r}) has no {name}().")
+        writes = {"write_on_batch_end": self.interval.on_batch, "write_on_epoch_end": self.interval.on_epoch}
+        for name, needed in writes.items():
+            if needed and getattr(type(self), name) is getattr(BasePredictionWriter, name):
+                raise ConfigError(f'{type(self).__name__}(write_interval="{self.interval}") has no {name}().')
 
     @property
     def needs_predictions(self) -> bool:
         """Whether the Trainer must keep the predictions until the end."""
-        return "epoch" in self.interval
+        return self.interval.on_epoch
 
     def on_predict_start(self, trainer: Trainer, pl_module: Module) -> None:
         self._indices: list[list[Sequence[int] | None]] = [[] for _ in trainer.num_predict_batches]
@@ -74,7 +98,7 @@ class BasePredictionWriter(Callback, ABC):
         if indices == []:  # a copy that keeps this rank in step with the others
             return
         self._indices[dataloader_idx].append(indices)
-        if "batch" in self.interval:
+        if self.interval.on_batch:
             self.write_on_batch_end(trainer, pl_module, outputs, indices, batch, batch_idx, dataloader_idx)
 
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: Module) -> None:

@@ -127,24 +127,25 @@ class MLFlowLogger(Logger):
         client = MlflowClient(self._uri)
         found = client.get_experiment_by_name(self._experiment_name)
         if found is not None:
-            self._experiment_id = found.experiment_id
+            experiment = found.experiment_id
         else:
             try:
-                self._experiment_id = client.create_experiment(self._experiment_name, self._artifact_location)
+                experiment = client.create_experiment(self._experiment_name, self._artifact_location)
             except MlflowException:  # another process was faster
                 made = client.get_experiment_by_name(self._experiment_name)
                 if made is None:
                     raise
-                self._experiment_id = made.experiment_id
+                experiment = made.experiment_id
 
         def create() -> str:
-            run = client.create_run(self._experiment_id, tags=self._tags, run_name=self._run_name)
+            run = client.create_run(experiment, tags=self._tags, run_name=self._run_name)
             return str(run.info.run_id)
 
-        if self._given_id is None:
-            self._run_id = str(remembered(f"MLFlowLogger {self._uri} {self._experiment_name}", create)[0])
-        client.update_run(self._run_id, status="RUNNING")
-        self._client = client
+        run_id = self._given_id
+        if run_id is None:
+            run_id = str(remembered(f"MLFlowLogger {self._uri} {self._experiment_name}", create)[0])
+        client.update_run(run_id, status="RUNNING")
+        self._experiment_id, self._run_id, self._client = experiment, run_id, client
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
