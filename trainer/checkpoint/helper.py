@@ -66,16 +66,16 @@ class _Mapped:
 
     def __init__(self) -> None:
         self._map: mmap.mmap | None = None
-        self._which: tuple[int, int] | None = None
+        self._inode = 0
 
     def view(self, descriptor: int, size: int) -> memoryview:
         """The first `size` bytes of a memory file."""
-        status = os.fstat(descriptor)
-        if self._which != (status.st_ino, status.st_size):
+        inode = os.fstat(descriptor).st_ino
+        # States differ by a few bytes from save to save; the file is cut to each, within the memory that was taken.
+        if self._map is None or self._inode != inode or len(self._map) < size:
             # No close: views of the map before it may still be alive, and with the last of them it goes.
-            self._map = mmap.mmap(descriptor, status.st_size, prot=mmap.PROT_READ)
-            self._which = status.st_ino, status.st_size
-        assert self._map is not None
+            self._map = mmap.mmap(descriptor, size, prot=mmap.PROT_READ)
+            self._inode = inode
         return memoryview(self._map)[:size]
 
 
