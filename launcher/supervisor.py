@@ -224,11 +224,13 @@ class Supervisor:
         if self._roll is not None:
             self._call_the(self._roll)
         if self.gang.phase is Phase.MEETING and time.monotonic() >= self._meet_by:
+            # An agent of our own is only slow: it has the machine's load to thank for that, not a missing node.
+            missing = [i for i in self.gang.missing if i not in self._local] or self.gang.missing
             raise MeetingError(
-                f"node{'s' if len(self.gang.missing) > 1 else ''} {', '.join(map(str, self.gang.missing))} of "
+                f"node{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))} of "
                 f"{len(self.gang.nodes)} did not come within {self._join_timeout_s:g} s"
                 + (f"; awaited at {self._where}" if self._where else "")
-                + (f"; {self._roll.story(self.gang.missing)}" if self._roll is not None else "")
+                + (f"; {self._roll.story(missing)}" if self._roll is not None else "")
             )
 
     def _until_next(self) -> float | None:
