@@ -23,7 +23,7 @@ from launcher.failure import RankExit, render, signal_name
 from launcher.fleet import Roll
 from launcher.gang import Action, Gang, Outcome, Phase
 from launcher.logs import Relay
-from launcher.processes import end_descendants, start_ticks
+from launcher.processes import end_descendants, kill_tree, start_ticks
 from launcher.progress import Progress
 from launcher.runs import write_json
 from launcher.scheduling import StopWatch
@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Supervisor", "report"]
 
+# From the moment at which a node's ranks are to be dead to the one at which it is given up: its agent is stopped, or a
+# rank sleeps in the kernel and cannot be killed.
+_PATIENCE_S = 10.0
 _SHOWN_EVERY_S = 30.0  # a write to a shared file system
 
 
@@ -104,6 +107,7 @@ class Supervisor:
         self._roll = None if fleet is None else Roll(fleet)
         self._relay = Relay(on_drained=self._rouse)
         self._wake_read = self._wake = -1
+        self._quiet_by: float | None = None  # when (monotonic) every node must have brought its ranks down
         self._shown = 0.0
         self._asked_here = False  # this process itself has received a stop signal
         self._say = say
@@ -221,6 +225,10 @@ class Supervisor:
         self._relay.settle()
         if self._census is not None and time.monotonic() >= self._census.by:
             self._end_census(self._census)
+        if self.gang.phase is not Phase.STOPPING:
+            self._quiet_by = None
+        elif self._quiet_by is not None and time.monotonic() >= self._quiet_by:
+            self._give_up_the_silent()
         if self._roll is not None:
             self._call_the(self._roll)
         if self.gang.phase is Phase.MEETING and time.monotonic() >= self._meet_by:
@@ -240,6 +248,8 @@ class Supervisor:
             due.append(self._meet_by - time.monotonic())
         if self._watch is not None and (wait_s := self._watch.wait_s()) is not None:
             due.append(wait_s)
+        if self._quiet_by is not None:
+            due.append(self._quiet_by - time.monotonic())
         if self._census is not None:
             due.append(self._census.by - time.monotonic())
         if self._roll is not None:
@@ -479,6 +489,14 @@ class Supervisor:
         self._say(f"refused a node: {why}")
         self._drop(agent)
 
+    def _give_up_the_silent(self) -> None:
+        for agent in list(self._agents):
+            if agent.index is not None and not self.gang.nodes[agent.index].drained:
+                agent.why = f"it has not brought its ranks down {_PATIENCE_S:g} s after it should have"
+                if agent.process is not None:
+                    kill_tree(agent.process.pid)
+                self._lost(agent)
+
     def _drop(self, agent: _Agent) -> None:
         with contextlib.suppress(KeyError, ValueError):
             self._selector.unregister(agent.link)
@@ -519,6 +537,9 @@ class Supervisor:
         for action in actions:
             if action.kind == "send":
                 self._send(action.node, action.message)
+                if self.gang.phase is Phase.STOPPING:
+                    grace_s = action.message.get("stop", {}).get("grace_s", 0.0)
+                    self._quiet_by = time.monotonic() + grace_s + _PATIENCE_S
             elif action.kind == "started":
                 self._ran = True
                 self.run.set_state(attempt=self.gang.attempt, progress=None)

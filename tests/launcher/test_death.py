@@ -94,6 +94,24 @@ def test_a_node_of_two_is_killed_and_both_start_again(launch, programs: Path) ->
     assert job.returncode == 75, job.output
 
 
+def test_a_node_that_stands_still_is_given_up_and_started_again(launch, programs: Path) -> None:
+    job = launch.start(
+        "--backend", "local", "--nodes", "2", "--procs", "1", "--no-preload", "--show-ranks", "all",
+        "--max-restarts", "1", programs / "patient.py", "leave75",
+    )  # fmt: skip
+    _ready(job)
+    for role in ("rank", "zygote", "agent"):
+        job.signal(signal.SIGSTOP, job.of_role(role)[1])
+    stopped = job.of_role("agent")[1]
+    job.signal(signal.SIGKILL, job.of_role("rank")[0])
+    _ready(job, attempt=1)
+    assert stopped not in job.of_role("agent")
+    job.signal(signal.SIGTERM)
+    job.wait()
+    job.gone()
+    assert job.returncode == 75, job.output
+
+
 @pytest.mark.parametrize("count", [4, pytest.param(16, marks=pytest.mark.soak)])
 def test_launches_at_once_all_start(launch, programs: Path, count: int) -> None:
     """Each holds its port before it tells anybody."""
