@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -109,3 +110,26 @@ def test_importing_launcher_imports_nothing_heavy() -> None:
         "assert not {'torch', 'submitit', 'cloudpickle'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=60)
+
+
+def test_launch_shows_what_is_said_and_returns_what_the_ranks_return(here: Path, capsys) -> None:
+    def work(number: int) -> int:
+        print(f"number {number}")
+        return number + int(os.environ["RANK"])
+
+    assert launcher.launch(work, 5, procs=2, no_preload=True) == [5, 6]
+    assert "[0] number 5\n" in capsys.readouterr().out
+    with pytest.raises(UsageError, match=r"launcher\.submit\(work"):
+        launcher.launch(work, 5, backend="slurm")
+
+
+def test_an_interrupted_launch_leaves_no_rank(here: Path) -> None:
+    def work(caller: int) -> None:
+        os.kill(caller, signal.SIGINT)
+        time.sleep(600)
+
+    with pytest.raises(KeyboardInterrupt):
+        launcher.launch(work, os.getpid(), procs=1, no_preload=True, run="cut")
+    job = jobs.Job(here / "runs" / "cut")
+    assert job.done()
+    assert job.state != "COMPLETED"

@@ -198,11 +198,16 @@ cells = [nbformat.v4.new_code_cell(c) for c in (
     "T.Trainer(accelerator='cpu', max_epochs=1, logger=False).fit(model, data)",
     "try:\\n    T.Trainer(accelerator='cpu', devices=2).fit(model, data)\\n"
     "except Exception as error:\\n    print(error)",
+    "import launcher\\ndef train(epochs):\\n    model = Net()\\n"
+    "    trainer = T.Trainer(accelerator='cpu', max_epochs=epochs, enable_progress_bar=False)\\n"
+    "    trainer.fit(model, data)\\n    return trainer.world_size, trainer.global_step, model.layer.weight.tolist()\\n"
+    "first, second = launcher.launch(train, 3, procs=2, run='two')\\nassert first == second\\nfirst[:2]",
 )]
 notebook = nbformat.v4.new_notebook(cells=cells)
 NotebookClient(notebook, timeout=90, kernel_name="python3").execute()
 print(notebook.cells[2].outputs[-1].data["text/plain"])
 print(notebook.cells[4].outputs[-1].text)
+print("".join(o.get("text", "") for o in notebook.cells[5].outputs), notebook.cells[5].outputs[-1].data["text/plain"])
 """
 
 
@@ -221,3 +226,5 @@ def test_row_69_a_notebook(tmp_path):
     steps, error = done.stdout.split("\n", 1)
     assert steps == "16"
     assert "devices=2 needs 2 processes" in error
+    assert "fit ends: max_epochs=3 reached." in error  # what rank 0 said
+    assert error.endswith("(2, 12)\n")
