@@ -15,7 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trainer.checkpoint import Store
+from trainer.checkpoint import Store, snapshot
 from trainer.checkpoint.catalog import open_checkpoint
 from trainer.checkpoint.folder import Folder
 from trainer.distributed import World, connect
@@ -168,10 +168,26 @@ def fail(world: World, store: Store) -> None:
     assert loaded.path.endswith(f"step-{5:012d}"), loaded.path
 
 
+def short_of_memory(world: World, url: str) -> None:
+    """Rank 1 has no memory for a copy: it writes while its training waits, rank 0 beside its own."""
+    state = {"w": torch.arange(2_000_000) * 3}
+    if world.rank == 1:
+        snapshot.available_memory = lambda: 1000.0
+    with Store(url, world) as store:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            store.save(state, step=1, wait=False)
+            assert store.wait()
+        said = [str(w.message) for w in caught if "no memory for a copy of its state" in str(w.message)]
+        assert len(said) == world.rank, said
+        assert torch.equal(store.load(store.newest()).state["w"], state["w"])
+
+
 def main(action: str, url: str) -> None:
     with connect() as world, Store(url, world) as store:
         if action == "fail":
             fail(world, store)
+            short_of_memory(world, f"{url}-short")
             return
         model = build(seed=3 if action == "save" else 4)
         if action == "save":
