@@ -74,7 +74,8 @@ def restart(lab: Lab, folder: Path, number: int) -> dict[str, float]:
     """Seconds from the word of a stop to each thing that came after it, in order."""
     cwd = folder / f"restart-{number}"
     cwd.mkdir()
-    words = [LAUNCH, "--nodes", "2", "--procs", "2", "--run", "job", ROOT / "tests" / "lab" / "train.py"]
+    program = (ROOT / "tests" / "lab" / "train.py", "--steps", "80")
+    words = [LAUNCH, "--nodes", "2", "--procs", "2", "--run", "job", *program]
     environment = {"OMP_NUM_THREADS": "1", "XDG_STATE_HOME": str(cwd / "state")}
     process = lab.popen(*words, cwd=cwd, environment=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import pty
 import re
+import select
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -58,17 +62,38 @@ def test_ranks_stand_in_slurms_order_and_get_their_words_byte_for_byte(lab, tmp_
     assert again.strip() == ""  # finished: nothing was submitted
 
 
-def test_digits_end_as_they_do_here(lab, tmp_path):
+def test_digits_end_as_they_do_here_and_a_second_terminal_sees_it(lab, tmp_path):
     digits = Path(__file__).parent.parent.parent / "examples" / "digits.py"
     words = (digits, "--epochs", "2", "--data", str(tmp_path / "data"))
     job = Job.submit(lab, tmp_path, program=words)
+    code, seen = on_a_terminal(lab.words(LAUNCH, "logs", "-f", "job", cwd=tmp_path, environment=environment(tmp_path)))
+    assert code == 0, seen
     assert job.wait_over()["status"] == "finished", job.story()
     here = subprocess.run(
         [LAUNCH, "--procs", "4", "--run", "here", *words], cwd=tmp_path, capture_output=True, text=True, timeout=120,
         env=lab.environment(environment(tmp_path)),
     )  # fmt: skip
     accuracy = re.compile(r"test accuracy (\S+)")
-    assert accuracy.search(job.output)[1] == accuracy.search(here.stdout)[1]
+    assert accuracy.search(job.output)[1] == accuracy.search(here.stdout)[1] == accuracy.search(seen)[1]
+
+
+def on_a_terminal(words: list[str], timeout: float = 120) -> tuple[int, str]:
+    """Run a command on a terminal of its own; its exit code, and what the terminal showed."""
+    ours, theirs = pty.openpty()
+    seen = b""
+    with subprocess.Popen(words, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True) as process:
+        os.close(theirs)
+        until = time.monotonic() + timeout
+        try:
+            while select.select([ours], [], [], max(0.0, until - time.monotonic()))[0]:
+                seen += os.read(ours, 65536)
+        except OSError:
+            pass  # the last one has closed it
+        finally:
+            os.close(ours)
+            if time.monotonic() >= until:
+                process.kill()
+    return process.returncode, seen.decode(errors="replace")
 
 
 def test_followed_to_the_end_with_its_exit_code(lab, tmp_path):
@@ -180,6 +205,16 @@ def test_eight_jobs_share_two_nodes(lab, tmp_path):
                                program=(program,)))  # fmt: skip
     for job in jobs:
         assert job.wait_over(timeout=180)["status"] == "finished", job.story()
+
+
+def test_the_same_exception_at_the_same_step_ends_the_run(lab, tmp_path):
+    program = ("train.py", "--every", "5", "--die-at", "7")
+    job = Job.submit(lab, tmp_path, "--max-failures", "5", program=program)
+    assert job.wait_over()["status"] == "failed", job.story()
+    assert "the same exception at the same step, with no newer checkpoint" in job.state["cause"]
+    assert [a.progress.began for a in job.history.attempts] == [0, 5]
+    assert "ValueError: this step cannot be made" in job.output
+    assert not job.markers
 
 
 @contextlib.contextmanager
