@@ -42,13 +42,17 @@ _SKIPPED = {
     "_optimizer_step_post_hooks", "_optimizer_state_dict_pre_hooks", "_optimizer_state_dict_post_hooks",
     "_optimizer_load_state_dict_pre_hooks", "_optimizer_load_state_dict_post_hooks", "_zero_grad_profile_name",
     "_warned_capturable_if_run_uncaptured", "_initial_step", "_hparams_initial", "_rng_state",
+    "_forward_cache", "_computed",
 }  # fmt: skip
 # Hashes of large tensors outside of weights and optimizers, by the version that torch counts for each.
 _known: dict[int, tuple[Any, int, str]] = {}
 
 
 class _Walk:
-    """Goes through objects once each, wherever they are reached first."""
+    """Goes through objects once each, wherever they are reached first.
+
+    Arrays and generators are taken wherever they are: which names share one says nothing, and a resume may change it.
+    """
 
     def __init__(self) -> None:
         self.found: dict[str, str] = {}
@@ -62,13 +66,17 @@ class _Walk:
             return
         if isinstance(value, _OPAQUE) or id(value) in self._seen or depth > _DEEP or _is_ours(value):
             return
-        self._seen[id(value)] = value  # kept, so that no other object gets its id
         if isinstance(value, Tensor) and value.nbytes > _LARGE and not is_result(name):
             self.found[name] = _hash_by_version(value)
         elif (leaf := _leaf(value)) is not None:
             self.found[name] = _hash(leaf)
         else:
+            self.leave_out(value)
             self._take_parts(name, value, depth)
+
+    def leave_out(self, value: Any) -> None:
+        """Take an object nowhere any more."""
+        self._seen[id(value)] = value  # kept, so that no other object gets its id
 
     def _take_parts(self, name: str, value: Any, depth: int) -> None:
         if isinstance(value, (list, tuple, collections.deque)) and len(value) > _LONG:
@@ -88,7 +96,7 @@ class _Walk:
 
     def attributes(self, name: str, value: Any) -> None:
         """Add an object by its attributes, whoever made its class."""
-        self._seen[id(value)] = value
+        self.leave_out(value)
         for key, part in _attributes(value):
             self.take(f"{name}{key}", part, 1)
 
@@ -213,12 +221,14 @@ def fingerprint(trainer: Trainer, batch: Any = None) -> dict[str, str]:
     walk.take("batch", batch)
     for name, tensor in module.state_dict(keep_vars=True).items():
         walk.take(f"weight {name}", tensor)
-    walk.take("model", module)
+        walk.leave_out(tensor)
     for number, optimizer in enumerate(trainer.optimizers):
         name = f"optimizer {number} ({type(optimizer).__name__})"
         for group, values in enumerate(optimizer.param_groups):
             walk.take(f"{name} group {group}", {k: v for k, v in values.items() if k != "params"})
         walk.take(f"{name} state", optimizer.state_dict()["state"])
+        walk.leave_out(optimizer)
+    walk.take("model", module)
     for number, config in enumerate(trainer.lr_scheduler_configs):
         walk.take(f"scheduler {number} ({type(config.scheduler).__name__})", config.scheduler)
     walk.take("loss scaler", trainer.precision_object.state_dict())
