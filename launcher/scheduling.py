@@ -69,20 +69,22 @@ class StopWatch:
         self._asked = float("-inf")
         self._unexplained: Stop | None = None  # what a SIGTERM was answered with that nothing has explained so far
         self._explain_by: float | None = None
+        self._again_at: float | None = None  # when to ask what a further signal was for
 
     def wait_s(self) -> float | None:
         """Seconds until `look` has something to do; None: never."""
         due = []
         if (at := self._limit()) is not None:
             due.append(at - time.time())
-        if self._explain_by is not None:
-            due.append(self._explain_by - time.monotonic())
+        due += [at - time.monotonic() for at in (self._explain_by, self._again_at) if at is not None]
         return max(0.0, min(due)) if due else None
 
     def look(self, *, running: bool) -> Word | None:
         """The time limit that has come near, or the SIGTERM that nothing has explained."""
         if self._explain_by is not None and time.monotonic() >= self._explain_by:
             return self.explain(running=running)
+        if self._again_at is not None and time.monotonic() >= self._again_at:
+            return self.inquire(signal.SIGTERM)
         at = self._limit()
         return self.inquire() if at is not None and time.time() >= at else None
 
@@ -106,9 +108,10 @@ class StopWatch:
     def inquire(self, number: int | None = None, *, last: bool = False) -> Word | None:
         """Ask, after a signal (`number`) or a failure; what the ranks are to be told, if anything is new."""
         if (self.stopping or self._explain_by is not None) and time.monotonic() - self._asked < _ASKED_AGAIN_AFTER_S:
+            self._again_at = self._asked + _ASKED_AGAIN_AFTER_S
             return None
         stop = self._scheduler.stop_now(number)
-        self._asked = time.monotonic()
+        self._asked, self._again_at = time.monotonic(), None
         if stop is None:
             return None
         if stop.cause in ("signalled", "unknown") and number == signal.SIGTERM and not last:

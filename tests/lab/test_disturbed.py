@@ -405,3 +405,85 @@ def test_preempted_while_the_agents_import(lab, submit, undisturbed, tmp_path):
     (tmp_path / "imported").touch()
     job.wait(lambda: job.of("requeued"), "the requeue")
     ended_as(undisturbed, job)
+
+
+# ---------------------------------------------------------------------------------------------- two at a time
+
+
+def test_cancelled_in_the_grace_of_a_preemption(lab, submit):
+    job = submit("--hold", "15")
+    wait_held(job)
+    preempt(job)
+    job.wait(lambda: job.of("stop"), "the stop")
+    lab.run("scancel", job.id)
+    job.wait(lambda: len(job.of("stop")) == 2, "the ranks to be told of less time")
+    let_go(job)
+    state = job.wait_over()
+    assert (state["status"], state["exit_code"]) == ("stopped", 75), job.story()
+    (attempt,) = shown(job)["history"]["attempts"]
+    assert (attempt["cause"], attempt["lost_steps"]) == ("cancelled", 0)
+    assert not job.markers
+    at_rest(job)
+
+
+@pytest.mark.soak
+def test_cancelled_while_it_waits_to_go_on(lab, submit, undisturbed):
+    job = submit("--hold", "15")
+    wait_held(job)
+    preempt(job)
+    job.wait(lambda: job.of("stop"), "the stop")
+    let_go(job)
+    job.wait(lambda: job.of("requeued"), "the requeue")
+    lab.wait_state(job.id, "PENDING")
+    lab.run("scancel", job.id)
+    state = {"XDG_STATE_HOME": str(job.folder / "state")}
+    assert lab.try_run(LAUNCH, "wait", job.folder, environment=state).returncode == 75
+    assert shown(job)["status"] == "stopped"
+    job.id = lab.run(LAUNCH, "resume", "-d", job.folder, environment=state).strip()
+    job.wait_attempts(2)
+    ended_as(undisturbed, job, STOPPED)
+
+
+@pytest.mark.soak
+def test_a_node_dies_in_the_save_of_a_preemption(lab, submit, undisturbed):
+    job = submit("--hold", "save")
+    wait_held(job)
+    preempt(job)
+    job.wait(lambda: job.of("stop"), "the stop")
+    lab.kill_node("node2")
+    job.wait_attempts(2)
+    lab.boot_node("node2")
+    state = job.wait_over()
+    assert state["status"] == "finished", job.story()
+    assert json.loads(job.result) == undisturbed
+    # The urgent job waits for the dead node, and preempts the run again when it is back.
+    told = shown(job)["history"]["attempts"]
+    assert {a["resumed_step"] for a in told[1:]} <= {EVERY, None}
+    assert {a["cause"].split(";")[0] for a in told[:-1]} == {"preempted"}
+    at_rest(job)
+
+
+@pytest.mark.soak
+def test_the_supervisor_dies_in_the_stop(lab, submit, undisturbed):
+    job = submit("--slow-from", "14")
+    job.wait_step(14)
+    preempt(job)
+    job.wait(lambda: job.of("stop"), "the stop")
+    job.kill("node1", "supervisor")
+    job.wait_over()
+    # 2 s of KillWait are left for the save here: enough, unless the machine is busy.
+    (began,) = (a["resumed_step"] for a in shown(job)["history"]["attempts"][1:])
+    ended_as(undisturbed, job, began)
+    assert began in (EVERY, job.step(0))
+    assert [e["by"] for e in job.of("requeued")] == ["agent"]
+
+
+@pytest.mark.soak
+def test_an_agent_hangs_in_a_preemption(lab, submit, undisturbed):
+    job = submit("--hold", "15")
+    wait_held(job)
+    job.kill("node2", "agent", number=signal.SIGSTOP)
+    preempt(job)
+    job.wait(lambda: job.of("stop"), "the stop")
+    let_go(job)
+    ended_as(undisturbed, job, STOPPED)

@@ -114,11 +114,15 @@ def test_a_stop_that_comes_sooner_and_one_that_does_not(scheduler: Scripted, mon
     assert on.inquire(signal.SIGTERM) is not None
     scheduler.stop = Stop("cancelled", time.time() + 10)
     assert on.inquire(signal.SIGTERM) is None  # a thousand agents pass the same signal on
+    assert on.look(running=True) is None
     assert scheduler.asked == 1
-    now += 2
-    word = on.inquire(signal.SIGTERM)
+    waits = on.wait_s()  # but it may have been another one
+    assert waits is not None
+    now += waits
+    word = on.look(running=True)
     assert word is not None
     assert (word.cause, word.sooner) == ("cancelled", True)
+    assert on.wait_s() is None
     now += 2
     scheduler.stop = Stop("preempted", time.time() + 100)
     assert on.inquire(signal.SIGTERM) is None
