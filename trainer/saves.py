@@ -57,6 +57,8 @@ class Saves:
         self._stores: dict[str, Store] = {}
         self._stall_s = 0.0
         self.cost: Cost | None = None
+        # Whether the run goes on from a checkpoint of its own, which nobody named.
+        self.went_on = False
         # Whether the save under way is that of a run that was told to stop.
         self.stopping = False
         # Called when all ranks know what came of the save in the background: with whether it is durable.
@@ -241,9 +243,11 @@ class Saves:
         """What to load, by the run folder, the argument, or `trainer.ckpt_path`; None to load nothing."""
         trainer = self._trainer
         like = None
+        self.went_on = False
         if trainer.world_size > 1 and trainer.parallel.sharded:
             like = {"state_dict": trainer.parallel.module_state()}
         if fitting and trainer.run_dir and (found := self._newest(trainer.run_dir, like)):
+            self.went_on = True
             trainer.ckpt_path = found.name
             return found
         path = str(ckpt_path or trainer.ckpt_path or "")

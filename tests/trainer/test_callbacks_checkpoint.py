@@ -245,6 +245,17 @@ def test_the_checkpoint_that_a_run_started_from_is_kept(tmp_path):
     assert names(tmp_path / "c") == ["epoch=0.ckpt", "epoch=2.ckpt"]
 
 
+def test_the_checkpoint_that_a_run_goes_on_from_by_itself_is_replaced(tmp_path, monkeypatch):
+    """Nobody named it, so it is not kept, also where it lies outside the run folder."""
+    (tmp_path / "run").mkdir()
+    monkeypatch.setenv("LAUNCH_RUN_DIR", str(tmp_path / "run"))
+    with pytest.raises(RuntimeError, match="scripted"):
+        fit(tmp_path, Scripted(step_error=6), ModelCheckpoint(tmp_path / "c", "{epoch}"), val=False, max_epochs=3)
+    assert names(tmp_path / "c") == ["epoch=0.ckpt"]
+    fit(tmp_path, Scripted(), ModelCheckpoint(tmp_path / "c", "{epoch}"), val=False, max_epochs=3)
+    assert names(tmp_path / "c") == ["epoch=2.ckpt"]
+
+
 def test_on_exception(tmp_path):
     one = ModelCheckpoint(tmp_path / "c", "{step}", save_on_exception=True)
     other = OnExceptionCheckpoint(tmp_path / "d")

@@ -42,7 +42,7 @@ def failing(monkeypatch, code: int, *numbers: int) -> None:
         count += 1
         if count in numbers:
             raise OSError(code, os.strerror(code))
-        original(self, name, blocks)
+        return original(self, name, blocks)
 
     monkeypatch.setattr(Folder, "write_blocks", write_blocks)
 
@@ -135,7 +135,7 @@ def write_blocks(self, name, blocks):
             print("HALF", flush=True)
             threading.Event().wait()
         return original(self, name, half())
-    original(self, name, blocks)
+    return original(self, name, blocks)
 def at_stop(self):
     print("STOPPING", flush=True)
     return to_stop(self)

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from trainer.callbacks.callback import Callback
 from trainer.callbacks.interval import AgreedInterval
+from trainer.checkpoint.catalog import is_unfinished
+from trainer.checkpoint.folder import Folder
 from trainer.checkpoint.saved import remove
 from trainer.errors import ConfigError
 from trainer.ranks import rank_zero_info, rank_zero_warn, read_ranks
@@ -419,7 +421,7 @@ class ModelCheckpoint(Checkpoint):
         """Whether a checkpoint is ours, and not the one that the user started this run from."""
         started_from = trainer.ckpt_path
         given = started_from is not None and _absolute(str(started_from)) == _absolute(path)
-        return (not given or _in_run_folder(path)) and path.startswith(str(self.dirpath))
+        return (not given or trainer.saves.went_on) and path.startswith(str(self.dirpath))
 
     # ------------------------------------------------------------------------------------------------ its name
 
@@ -473,7 +475,8 @@ class ModelCheckpoint(Checkpoint):
         if _in_run_folder(path):
             # Ours, from an attempt that died after the state it goes on from: the same step is written again.
             return trainer.saves.is_of_another(path)
-        return exists(path)
+        # What a save of several ranks left that died is no checkpoint; the new one lies beside it.
+        return exists(path) and not (trainer.world_size > 1 and is_unfinished(Folder.at(path)))
 
     def _files(self) -> set[str]:
         return {*self.best_k_models, self.best_model_path, self.last_model_path}

@@ -89,6 +89,12 @@ def open_checkpoint(url: str | os.PathLike[str]) -> Checkpoint:
     return found
 
 
+def is_unfinished(folder: Folder) -> bool:
+    """Whether all that is there are attempts without a manifest: what is left of a save that died."""
+    inside = folder.sizes()
+    return bool(inside) and all(attempt_time(n) is not None and MANIFEST not in (folder / n).sizes() for n in inside)
+
+
 def set_aside_at(folder: Folder) -> list[Folder]:
     """The attempts that were set aside as damaged, of the checkpoint at `<store>/<name>` or `.../<attempt>`."""
     inside = sorted((n for n in folder.sizes() if attempt_time(n) is not None), reverse=True)
