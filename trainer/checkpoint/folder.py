@@ -168,7 +168,7 @@ class Folder:
 
     def upload(self, name: str, descriptor: int) -> None:
         """Write a file, elsewhere than on a local disk, from an open file of this process: in parts, side by side."""
-        if "s3" in self.fs.protocol:
+        if hasattr(self.fs, "_call_s3"):  # s3fs
             from trainer.checkpoint.upload import upload
 
             upload(self.fs, f"{self.path}/{name}", descriptor)

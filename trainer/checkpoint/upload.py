@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from contextlib import suppress
 from typing import Any
 
 from fsspec.asyn import sync
@@ -58,6 +59,7 @@ async def _upload(fs: Any, path: str, descriptor: int) -> None:
         for sender in senders:
             sender.cancel()
         await asyncio.gather(*senders, return_exceptions=True)
-        # Else its parts stay, unseen and paid for.
-        await fs._abort_mpu(bucket, key, begun["UploadId"])
+        with suppress(Exception):  # what went wrong first says more
+            # Else its parts stay, unseen and paid for.
+            await fs._call_s3("abort_multipart_upload", **begun)
         raise
