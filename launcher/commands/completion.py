@@ -39,7 +39,7 @@ class _Launch(click.Group):
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:  # noqa: ARG002
         if name in ("resume", "retry"):
-            return importlib.import_module("launcher.cli").RETRY  # type: ignore[no-any-return]
+            return importlib.import_module("launcher.launching").RETRY  # type: ignore[no-any-return]
         if name not in NAMES:
             return None
         return getattr(importlib.import_module(f"launcher.commands.{name}"), "COMMAND", click.Command(name))
