@@ -13,6 +13,7 @@ import sys
 import sysconfig
 import types
 from enum import Enum
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,7 +31,9 @@ if TYPE_CHECKING:
 _LONG, _DEEP = 200, 12
 # Bytes of a tensor that is hashed once per version instead of once per batch.
 _LARGE = 1 << 20
-_PLAIN = (type(None), bool, int, float, complex, str, bytes, Enum, torch.dtype, torch.device, torch.Size, np.generic)
+_PLAIN = (
+    type(None), bool, int, float, complex, str, bytes, Enum, PurePath, torch.dtype, torch.device, torch.Size, np.generic,
+)  # fmt: skip
 _OPAQUE = (types.ModuleType, types.BuiltinFunctionType, types.FrameType, types.CodeType, property)
 # Parts of torch's and our objects that say nothing about what is computed next.
 _SKIPPED = {
@@ -57,12 +60,12 @@ class _Walk:
     def __init__(self) -> None:
         self.found: dict[str, str] = {}
         self._seen: dict[int, Any] = {}
-        self._folder = os.environ.get("LAUNCH_RUN_DIR") or "\0"  # another one in every run
+        self.folder = os.environ.get("LAUNCH_RUN_DIR") or "\0"  # another one in every run
 
     def take(self, name: str, value: Any, depth: int = 0) -> None:
         """Add a piece of state, or the pieces that it consists of."""
         if isinstance(value, _PLAIN):
-            self.found[name] = _hash(repr(value).replace(self._folder, "").encode())
+            self.found[name] = _hash(repr(value).replace(self.folder, "").encode())
             return
         if isinstance(value, _OPAQUE) or id(value) in self._seen or depth > _DEEP or _is_ours(value):
             return
@@ -247,7 +250,8 @@ def fingerprint(trainer: Trainer, batch: Any = None) -> dict[str, str]:
             for variable, value in list(vars(loaded).items()):
                 if not variable.startswith("__"):
                     walk.take(f"{'global' if name == '__main__' else name} {variable}", value, 1)
-    return walk.found
+    # Keys of dicts are parts of names.
+    return {name.replace(walk.folder, ""): found for name, found in walk.found.items()}
 
 
 def is_result(name: str) -> bool:

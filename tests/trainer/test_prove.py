@@ -208,6 +208,28 @@ class Looks(T.Callback):
             before = after
 
 
+class InFolder(T.Callback):
+    def __init__(self, folder):
+        self.folder, self.best = Path(folder), {f"{folder}/a.ckpt": 1.0}
+
+    def on_train_batch_start(self, trainer, module, batch, index):
+        self.seen = fingerprint(trainer, batch)
+
+
+def test_the_path_of_the_run_folder_says_nothing(quiet, monkeypatch):
+    seen = []
+    for folder in ("/runs/one", "/runs/two"):
+        monkeypatch.setenv("LAUNCH_RUN_DIR", folder)
+        torch.manual_seed(1)
+        callback = InFolder(folder)
+        data = Data()
+        data.rng = None
+        quiet(max_epochs=1, fast_dev_run=True, callbacks=[callback]).fit(Model(), DataLoader(data, 4))
+        seen.append({name: found for name, found in callback.seen.items() if name.startswith("callback")})
+    assert seen[0] == seen[1]
+    assert "callback InFolder.best['/a.ckpt']" in seen[0]
+
+
 def test_what_a_script_may_hold_is_seen_and_called_by_its_name(quiet):
     loader = DataLoader(Data(), 4, collate_fn=collate())
     quiet(max_epochs=1, callbacks=[History(), Looks()]).fit(Model(), loader)
