@@ -67,7 +67,7 @@ def test_where(text: str, surroundings: Surroundings, where: str, nodes: int) ->
         ("--nodes 2", DESK, "there is no cluster scheduler"),
         ("--nnodes 2", LOGIN, "say --nodes 2"),
         ("--gpus 2", LOGIN, "add --nodes 1 to submit"),
-        ("--gpus all --nodes 1", LOGIN, "a Slurm job asks for a number"),
+        ("--gpus all --nodes 1", LOGIN, "on other hosts it must be a number"),
         ("--nodes 4", INSIDE, "4 nodes: the allocation that this is in has 3"),
         ("--nodes 1", STEP, "srun started this on 2; leave --nodes out"),
         ("--time 5", INSIDE, "inside job 7"),
