@@ -32,7 +32,8 @@ _LONG, _DEEP = 200, 12
 # Bytes of a tensor that is hashed once per version instead of once per batch.
 _LARGE = 1 << 20
 _PLAIN = (
-    type(None), bool, int, float, complex, str, bytes, Enum, PurePath, torch.dtype, torch.device, torch.Size, np.generic,
+    type(None), bool, int, float, complex, str, bytes, Enum, PurePath, np.generic,
+    torch.dtype, torch.device, torch.Size,
 )  # fmt: skip
 _OPAQUE = (types.ModuleType, types.BuiltinFunctionType, types.FrameType, types.CodeType, property)
 # Parts of torch's and our objects that say nothing about what is computed next.
