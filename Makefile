@@ -52,11 +52,12 @@ types: $(BIN)/launch
 bench: $(BIN)/launch ## benchmarks beside their peers, which are installed first; minutes
 	$(BIN)/python -m pip install --quiet -e '.[peers]'
 	$(BIN)/python benchmarks/launch_time.py --json benchmarks/results/launch_time.json
-	$(BIN)/python benchmarks/step_overhead.py
+	$(BIN)/python benchmarks/step_overhead.py --json benchmarks/results/step_overhead.json
 	for what in save s3 plan; do \
 	  $(BIN)/python benchmarks/checkpoint_$$what.py --json benchmarks/results/checkpoint_$$what.json || exit 1; done
 
 soak: $(BIN)/launch  ## large counts of kills, faults and schedules; long
+	$(BIN)/python -m pip install --quiet -e '.[third-party]'
 	$(BIN)/python -m pytest -m soak
 
 gpu: $(BIN)/launch   ## tests that need a GPU

@@ -35,7 +35,7 @@ def rewritten(package: str, folder: Path) -> None:
     """A copy of an installed package whose import lines name the trainer."""
     found = find_spec(package)
     if found is None or found.origin is None:
-        pytest.skip(f"{package} is not installed (pip install --no-deps {package})")
+        pytest.skip(f"{package} is not installed (pip install 'muster[third-party]')")
     shutil.copytree(Path(found.origin).parent, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
     for file in (folder / package).rglob("*.py"):
         text = file.read_text()
@@ -61,6 +61,7 @@ def train(package: str, folder: Path) -> dict:
 
 
 @pytest.mark.peer
+@pytest.mark.soak
 def test_lightly(tmp_path):
     result = train("lightly", tmp_path)
     assert len(result["curve"]) == 6
@@ -69,6 +70,7 @@ def test_lightly(tmp_path):
 
 
 @pytest.mark.peer
+@pytest.mark.soak
 def test_pytorch_forecasting(tmp_path):
     result = train("pytorch_forecasting", tmp_path)
     assert result["after"] < 0.5 * result["before"]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
+import urllib.parse
 import urllib.request
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 
@@ -18,34 +20,19 @@ from tests.conftest import free_port, poll_until
 if find_spec("mlflow") is None:
     pytest.skip("needs mlflow", allow_module_level=True)
 
-PROGRAM = Path(__file__).parents[1] / "programs" / "mlflow_run.py"
-READ = """
-import json, sys
-from mlflow.tracking import MlflowClient
-client = MlflowClient(sys.argv[1])
-run = client.get_run(sys.argv[2])
-metrics = {m: [[p.step, p.value] for p in client.get_metric_history(sys.argv[2], m)] for m in run.data.metrics}
-files = [f.path for f in client.list_artifacts(sys.argv[2], "model/checkpoints/best")]
-print(json.dumps([run.info.status, run.info.run_name, run.data.params, run.data.tags, metrics, files]))
-"""
+
+def ask(uri, path, /, **query):
+    """What the server's own HTTP interface answers."""
+    with urllib.request.urlopen(f"{uri}/api/2.0/mlflow/{path}?{urllib.parse.urlencode(query)}", timeout=30) as answer:
+        return json.load(answer)
 
 
-def run(*command, **env):
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", *map(str, command)], capture_output=True, text=True, timeout=110, check=False,
-        env=os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true"} | env,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def check(uri, printed, steps):
-    status, name, params, tags, metrics, files = json.loads(run("-c", READ, uri, printed.split("ID ")[1].strip()))
-    assert (status, name) == ("FINISHED", "first")
-    assert params["lr"] == "0.1"
-    assert tags["team"] == "a"
-    assert [step for step, _ in metrics["p-loss"]] == steps
-    assert files == ["model/checkpoints/best/best.ckpt"]
+def fit(gang, uri, folder, **environment):
+    """The id of the MLflow run of a short fit."""
+    [rank] = gang.ok(
+        1, "mlflow_run.py", uri, str(folder), env=environment | {"MLFLOW_DISABLE_TELEMETRY": "true"}, timeout=100
+    )
+    return rank.stdout.split("ID ")[1].strip()
 
 
 @pytest.fixture
@@ -66,7 +53,8 @@ def server(tmp_path):
         process.wait()
 
 
-def test_a_server_gets_metrics_parameters_and_checkpoints_and_a_restart_goes_on(server, tmp_path):
+@pytest.mark.timeout(300)  # a server and three interpreters begin
+def test_a_server_gets_metrics_parameters_and_checkpoints_and_a_restart_goes_on(server, gang, tmp_path):
     uri, healthy = server
 
     def ready():
@@ -76,12 +64,22 @@ def test_a_server_gets_metrics_parameters_and_checkpoints_and_a_restart_goes_on(
             return False
 
     poll_until(ready, timeout=90, what="MLflow's server")
-    first = run(PROGRAM, uri, tmp_path, LAUNCH_RUN_DIR=str(tmp_path))
-    check(uri, first, [1, 3])
+    first = fit(gang, uri, tmp_path, LAUNCH_RUN_DIR=str(tmp_path))
+    run = ask(uri, "runs/get", run_id=first)["run"]
+    assert (run["info"]["status"], run["info"]["run_name"]) == ("FINISHED", "first")
+    assert {"key": "lr", "value": "0.1"} in run["data"]["params"]
+    assert {"key": "team", "value": "a"} in run["data"]["tags"]
+    history = ask(uri, "metrics/get-history", run_id=first, metric_key="p-loss")["metrics"]
+    assert [metric["step"] for metric in history] == [1, 3]
+    files = ask(uri, "artifacts/list", run_id=first, path="model/checkpoints/best")["files"]
+    assert [file["path"] for file in files] == ["model/checkpoints/best/best.ckpt"]
     # A restart in the same run folder goes on in the same MLflow run.
-    assert run(PROGRAM, uri, tmp_path, LAUNCH_RUN_DIR=str(tmp_path)) == first
+    assert fit(gang, uri, tmp_path, LAUNCH_RUN_DIR=str(tmp_path)) == first
 
 
-def test_without_a_server_everything_is_on_disk(tmp_path):
-    printed = run(PROGRAM, "", tmp_path)
-    check(f"sqlite:///{tmp_path}/mlruns/mlflow.db", printed, [1, 3])
+def test_without_a_server_everything_is_on_disk(gang, tmp_path):
+    run = fit(gang, "", tmp_path)
+    with contextlib.closing(sqlite3.connect(tmp_path / "mlruns" / "mlflow.db")) as store:
+        steps = store.execute("SELECT step FROM metrics WHERE run_uuid = ? AND key = 'p-loss' ORDER BY step", (run,))
+        assert [step for (step,) in steps] == [1, 3]
+    assert len(list((tmp_path / "mlruns" / "artifacts").rglob("best.ckpt"))) == 1

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
-
-PROGRAM = Path(__file__).parents[1] / "programs" / "wandb_offline.py"
 
 # Looked for, not imported: importing wandb leaves threads and environment variables behind.
 
@@ -48,22 +44,21 @@ print(json.dumps([rows, config]))
 """
 
 
-def run(*command, **env):
-    done = subprocess.run(
-        [sys.executable, *map(str, command)], capture_output=True, text=True, timeout=100, check=False,
-        env=os.environ | {"WANDB_SILENT": "true"} | env,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def fit(gang, folder):
+    """The id of the W&B run of a short fit."""
+    environment = {"LAUNCH_RUN_DIR": str(folder), "WANDB_SILENT": "true"}
+    [rank] = gang.ok(1, "wandb_offline.py", str(folder), env=environment, timeout=100)
+    return rank.stdout.split("ID ")[1].strip()
 
 
-def test_offline_run_and_its_restart(tmp_path):
-    first = run(PROGRAM, tmp_path, LAUNCH_RUN_DIR=str(tmp_path))
+def test_offline_run_and_its_restart(gang, tmp_path):
+    first = fit(gang, tmp_path)
     [file] = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
-    rows, config = json.loads(run("-c", READ, file))
+    read = subprocess.run([sys.executable, "-c", READ, file], capture_output=True, text=True, timeout=100, check=True)
+    rows, config = json.loads(read.stdout)
     assert config["lr"] == 0.1
     logged = [row for row in rows if "p-loss" in row]
     assert [row["trainer/global_step"] for row in logged] == [1, 3]
     assert any("p-table" in key for row in rows for key in row)
     # A restart in the same run folder goes on in the same W&B run.
-    assert run(PROGRAM, tmp_path, LAUNCH_RUN_DIR=str(tmp_path)) == first
+    assert fit(gang, tmp_path) == first
