@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from trainer.checkpoint import Retention, Store, load_checkpoint, load_file, save_file, snapshot
-from trainer.checkpoint.catalog import open_checkpoint
+from trainer.checkpoint.catalog import is_unfinished, open_checkpoint
 from trainer.checkpoint.manifest import new_attempt
 from trainer.checkpoint.reader import verify
 from trainer.errors import (
@@ -219,6 +219,9 @@ def test_attempts_that_died_are_collected_after_the_next_save(url):
     dead.make()
     dead.write_whole("rank-00000.jsonl", b"{}")
     assert [m.step for m in store.list()] == [1]
+    assert is_unfinished(dead.parent)
+    assert not is_unfinished(folder.parent)
+    assert not is_unfinished(dead)
     store.save(state(2), step=2)
     in_flight = dead.parent / new_attempt()  # of another store of this process, for all one can know
     in_flight.make()
