@@ -450,6 +450,11 @@ class Supervisor:
         procs = hello["procs"] if isinstance(hello["procs"], int) else slots
         if self._fleet is not None:
             self._agree_on_address(index, hello["address"])
+        if agent.process is None and self._spawned and self._fleet is None:
+            for own in self._agents:
+                # It came before anybody had reached this host.
+                if own.process is not None and own.joined and own.index is not None:
+                    self.gang.nodes[own.index].address = self._address_of(own, {})
         self._do(self.gang.node_here(index, procs, self._address_of(agent, hello)))
 
     def _orphan_grace_s(self) -> float:
@@ -467,10 +472,12 @@ class Supervisor:
             return self.run.spec.local_addr
         if agent.process is None:
             return str(hello["address"])
-        for other in self._agents:
-            if other.process is None and other.joined:
-                return str(other.link.sock.getsockname()[0])  # others reached this very host there
-        return None
+        return self._reached_at()
+
+    def _reached_at(self) -> str | None:
+        """Where agents that others have started reached this host; not its loopback, if any of them came from afar."""
+        found = [str(a.link.sock.getsockname()[0]) for a in self._agents if a.process is None and a.joined]
+        return next((address for address in found if not is_loopback(address)), found[0] if found else None)
 
     def _agree_on_address(self, index: int, told: str | None) -> None:
         """Where a host of the fleet says that ssh reached it, the others reach it too, unless that is its loopback:

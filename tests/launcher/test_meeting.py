@@ -56,7 +56,9 @@ def test_nodes_without_ranks_are_taken_as_they_come(launch, endpoint: str) -> No
 
 
 def test_who_does_not_belong_is_refused_and_does_no_harm(launch, endpoint: str) -> None:
+    """And the host, whose own agent has long come, tells of itself as where the other node reached it."""
     script = _say_where(launch)
+    endpoint = endpoint.replace("127.0.0.1", "127.0.0.2")
     how = (*NODE, "--rdzv-endpoint", endpoint, "--rdzv-conf", "join_timeout=30")
     zero = launch.start("--node-rank", "0", *how, "--rdzv-id", "mine", script)
     zero.says("run mine:")
@@ -80,6 +82,7 @@ def test_who_does_not_belong_is_refused_and_does_no_harm(launch, endpoint: str) 
         one = launch.start("--node-rank", "1", *how, "--rdzv-id", "mine", script)
         assert one.wait().returncode == 0, one.output
         assert zero.wait().returncode == 0, zero.output
+    assert "store 127.0.0.2 attempt 0" in zero.stdout
 
 
 def test_a_missing_node_is_named(launch, endpoint: str) -> None:
