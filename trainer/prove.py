@@ -69,7 +69,7 @@ class Difference:
             )
         return (
             f"{where}: unknown cause. {_listed(self.results)} differs, and all other state that can be seen was the "
-            f"same.{hint} State that cannot be seen: generators, iterators, extension modules, files, the time, the "
+            f"same.{hint} State that cannot be seen: iterators of itertools, extension modules, files, the time, the "
             "environment, kernels that are not deterministic."
         )
 
