@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 # makes all of them again: each goes on from its own checkpoints.
 _trained: dict[str, int] = {}
 
+# Waiting so long for the save before is worth a word.
+_LONG_WAIT_S = 1.0
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -56,6 +59,9 @@ class Saves:
         self._background: Background | None = None
         self._stores: dict[str, Store] = {}
         self._stall_s = 0.0
+        # Since the save before: how long training waited for that one.
+        self._waited_s = 0.0
+        self._told_of_waiting = False
         self.cost: Cost | None = None
         # Whether the run goes on from a checkpoint of its own, which nobody named.
         self.went_on = False
@@ -97,6 +103,7 @@ class Saves:
         if trainer.page is not None:
             trainer.page.phase(SAVE)
         self.settle()
+        self._tell_of_waiting()
         if trainer.fit_run is not None:
             trainer.train_state.elapsed = time.monotonic() - trainer.fit_run.last_validation
         state, rank_state = capture(trainer, weights_only=weights_only)
@@ -125,6 +132,15 @@ class Saves:
         if not trainer.running:
             self.close()
 
+    def _tell_of_waiting(self) -> None:
+        waited, self._waited_s = self._waited_s, 0.0
+        if waited > _LONG_WAIT_S and not self._told_of_waiting:
+            self._told_of_waiting = True
+            rank_zero_warn(
+                f"A checkpoint waited {waited:.1f} s for the one before it, which was still being written: they come "
+                "more often than the store takes them. Save less often, or with save_every='auto'."
+            )
+
     def settle(self) -> None:
         """Wait until the save in the background is durable, and let all know. Every rank must call it.
 
@@ -133,10 +149,11 @@ class Saves:
         """
         if self._background is None:
             return
-        durable = False
+        durable, busy, began = False, self._background.busy, time.monotonic()
         try:
             durable = self._background.wait()
         finally:
+            self._waited_s += busy * (time.monotonic() - began)
             if self._trainer.fit_run is not None:
                 self._trainer.fit_run.agreement.answered()
             self._tell(durable=durable)
@@ -205,6 +222,7 @@ class Saves:
         """The last save is durable, and in a run folder says that the run is over: a restart does nothing."""
         trainer = self._trainer
         self.settle()
+        self._waited_s = 0.0  # at the end one has to
         trainer.train_state.finished = True
         if trainer.run_dir is not None:
             self.for_resume("finished", wait=True)
@@ -228,6 +246,7 @@ class Saves:
             self.settle()
         except CheckpointWriteError as error:
             rank_zero_warn(f"{error} The run stops now, and is saved once more.")
+        self._waited_s = 0.0  # at the end one has to
         self.stopping = True
         try:
             return self.for_resume("stopped", wait=True)

@@ -113,6 +113,13 @@ class Proxy(BaseHTTPRequestHandler):
     do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _handle
 
 
+class Server(ThreadingHTTPServer):
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Says nothing of clients that were killed."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
+
+
 def state(step: int) -> dict:
     return {"w": torch.arange(LARGE) * step, "step": step}
 
@@ -201,7 +208,7 @@ def main(bucket: str, which: str) -> None:
     global LARGE, NURSERY
     warnings.simplefilter("ignore")
     NURSERY = Nursery()
-    proxy = ThreadingHTTPServer(("127.0.0.1", 0), Proxy)
+    proxy = Server(("127.0.0.1", 0), Proxy)
     threading.Thread(target=proxy.serve_forever, daemon=True).start()
     os.environ["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{proxy.server_port}"
     # By default botocore tries an outage out for a minute, and s3fs that five times.

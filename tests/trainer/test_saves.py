@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from datetime import timedelta
 from pathlib import Path
 
@@ -16,9 +17,10 @@ import pytest
 import torch
 
 from tests.conftest import PROGRAMS, REPO, poll_until
-from trainer import Trainer
+from trainer import Trainer, saves
 from trainer.callbacks import Callback, ModelCheckpoint
 from trainer.callbacks.periodic import PeriodicCheckpoint, best_interval, parse_save_every
+from trainer.checkpoint.background import Background
 from trainer.checkpoint.folder import Folder
 from trainer.errors import CheckpointWriteError, ConfigError
 
@@ -57,6 +59,30 @@ def test_an_error_of_the_writer_is_raised_at_the_next_step(boring, data, quiet, 
     assert [p.name for p in (tmp_path / "c").iterdir()] == ["step=3.ckpt"]
     # What failed is not what the callback goes by.
     assert callback.best_model_path == str(tmp_path / "c" / "step=3.ckpt")
+
+
+def test_saves_that_come_faster_than_they_are_written_wait_and_say_so_once(boring, data, quiet, tmp_path, monkeypatch):
+    original, waiting = Folder.write_blocks, threading.Event()
+
+    def write_blocks(self, name, blocks):
+        assert waiting.wait(20)
+        return original(self, name, blocks)
+
+    def waits(self):
+        waiting.set()
+        return wait(self)
+
+    wait = Background.wait
+    monkeypatch.setattr(Folder, "write_blocks", write_blocks)
+    monkeypatch.setattr(Background, "wait", waits)
+    monkeypatch.setattr(saves, "_LONG_WAIT_S", 0.0)
+    callback = ModelCheckpoint(tmp_path / "c", "{step}", every_n_train_steps=1, save_top_k=-1)
+    with pytest.warns(UserWarning, match="waited .* s for the one before it") as caught:
+        quiet(max_steps=4, enable_checkpointing=True, callbacks=[callback]).fit(boring(), data(200))
+    assert len([w for w in caught if "for the one before it" in str(w.message)]) == 1
+    assert len(list((tmp_path / "c").iterdir())) == 4
+    waiting.set()  # from now on the store is fast enough; a warning would be an error
+    quiet(max_steps=4, enable_checkpointing=True, callbacks=[callback, Waits()]).fit(boring(), data(200))
 
 
 def test_a_full_disk_is_a_warning_and_the_best_ones_stay(boring, data, quiet, tmp_path, monkeypatch):
@@ -124,6 +150,7 @@ def test_ranks_go_on_together_and_raise_together(gang, tmp_path):
 _SLOW = """
 import runpy, signal, sys, threading
 signal.alarm(50)  # a deadline for whoever waits for us
+from trainer.checkpoint.background import Background
 from trainer.checkpoint.folder import Folder
 from trainer.saves import Saves
 original = Folder.write_blocks

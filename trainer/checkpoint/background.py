@@ -122,6 +122,11 @@ class Background:
         """Bytes of shared memory taken for the copy."""
         return self._snapshot.capacity
 
+    @property
+    def busy(self) -> bool:
+        """Whether this rank's part of a save is still being written."""
+        return self._pending is not None and self._pending.writer.stage(1, 0) is None
+
     def begin(self, task: Job, state: State, saved: Saved, began: float, folder: Folder) -> Saved:
         """Copy the state and write it beside the training; or, without memory for a copy, write it right now.
 
