@@ -28,10 +28,10 @@ class Tiny(Module):
 
 
 def main() -> None:
-    logger = WandbLogger("tiny", save_dir=sys.argv[1], offline=True, project="test", prefix="p")
+    logger = WandbLogger("tiny", save_dir=sys.argv[1], offline=True, project="test", prefix="p", log_model=True)
     trainer = Trainer(
         accelerator="cpu", max_epochs=1, logger=logger, log_every_n_steps=2, default_root_dir=sys.argv[1],
-        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     trainer.fit(Tiny(), DataLoader(TensorDataset(torch.ones(4, 2))))
     logger.log_table("table", columns=["a"], data=[[1]])

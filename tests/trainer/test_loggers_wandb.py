@@ -32,15 +32,18 @@ def records(data, block=32768):
             yield whole
             whole = b""
 
-rows, config = [], {}
+rows, config, artifacts = [], {}, []
 for data in records(open(sys.argv[1], "rb").read()):
     record = Record()
     record.ParseFromString(data)
     if record.WhichOneof("record_type") == "history":
         rows.append({i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in record.history.item})
+    if record.WhichOneof("record_type") == "artifact" and record.artifact.type == "model":
+        found = record.artifact
+        artifacts.append([found.name, sorted(found.aliases), [e.path for e in found.manifest.contents]])
     for part in (record.config, record.run.config):
         config |= {u.key: json.loads(u.value_json) for u in part.update if u.key}
-print(json.dumps([rows, config]))
+print(json.dumps([rows, config, artifacts]))
 """
 
 
@@ -51,14 +54,16 @@ def fit(gang, folder):
     return rank.stdout.split("ID ")[1].strip()
 
 
+@pytest.mark.timeout(300)  # W&B's own service begins three times
 def test_offline_run_and_its_restart(gang, tmp_path):
     first = fit(gang, tmp_path)
     [file] = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
     read = subprocess.run([sys.executable, "-c", READ, file], capture_output=True, text=True, timeout=100, check=True)
-    rows, config = json.loads(read.stdout)
+    rows, config, artifacts = json.loads(read.stdout)
     assert config["lr"] == 0.1
     logged = [row for row in rows if "p-loss" in row]
     assert [row["trainer/global_step"] for row in logged] == [1, 3]
     assert any("p-table" in key for row in rows for key in row)
+    assert artifacts == [[f"model-{first}", ["best", "latest"], ["model.ckpt"]]]
     # A restart in the same run folder goes on in the same W&B run.
     assert fit(gang, tmp_path) == first

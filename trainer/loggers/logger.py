@@ -190,3 +190,21 @@ def claim_version(root_dir: str) -> int:
         except FileExistsError:  # another process was faster
             continue
         return version
+
+
+class Uploads:
+    """The checkpoints that a callback keeps, each once: what a logger with log_model still has to upload."""
+
+    def __init__(self) -> None:
+        self._seen: set[tuple[str, float]] = set()
+
+    def new(self, callback: Any) -> list[str]:
+        """Paths of the best and the last ones that were not returned before, or were written anew."""
+        kept = {
+            *getattr(callback, "best_k_models", {}), getattr(callback, "best_model_path", ""),
+            getattr(callback, "last_model_path", ""),
+        }  # fmt: skip
+        found = {path: os.path.getmtime(path) for path in map(str, kept) if path and os.path.exists(path)}
+        new = sorted(path for path, written in found.items() if (path, written) not in self._seen)
+        self._seen.update(found.items())
+        return new

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.errors import ConfigError
-from trainer.loggers.logger import Logger, flat_params, plain_params, rank_zero_experiment, remembered
+from trainer.loggers.logger import Logger, Uploads, flat_params, plain_params, rank_zero_experiment, remembered
 from trainer.ranks import rank_zero_only
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class MLFlowLogger(Logger):
         self._experiment_id: str | None = None
         self._batch = {} if synchronous is None else {"synchronous": synchronous}
         self._client: Any = None
-        self._uploaded: set[tuple[str, float]] = set()
+        self._uploads = Uploads()
         self._callback: Checkpoint | None = None
 
     @property
@@ -188,18 +188,7 @@ class MLFlowLogger(Logger):
 
     def _upload(self) -> None:
         """Upload the checkpoints that are kept and were not yet."""
-        callback: Any = self._callback
-        if callback is None:
-            return
-        paths = {
-            *getattr(callback, "best_k_models", {}), getattr(callback, "best_model_path", ""),
-            getattr(callback, "last_model_path", ""),
-        }  # fmt: skip
-        for path in sorted(p for p in map(str, paths) if p and os.path.exists(p)):
-            mark = (path, os.path.getmtime(path))
-            if mark in self._uploaded:
-                continue
-            self._uploaded.add(mark)
+        for path in self._uploads.new(self._callback):
             place = f"model/checkpoints/{Path(path).stem}"
             if os.path.isdir(path):
                 self.experiment.log_artifacts(self._run_id, path, place)

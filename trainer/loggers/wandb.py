@@ -7,7 +7,7 @@ import secrets
 from typing import TYPE_CHECKING, Any
 
 from trainer.errors import ConfigError
-from trainer.loggers.logger import Logger, plain_params, rank_zero_experiment, remembered
+from trainer.loggers.logger import Logger, Uploads, plain_params, rank_zero_experiment, remembered
 from trainer.ranks import rank_zero_only
 
 if TYPE_CHECKING:
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from trainer.callbacks.checkpoint import Checkpoint
     from trainer.distributed import World
 
 
@@ -30,12 +31,14 @@ class WandbLogger(Logger):
         version, id: the run's id; given again, that run goes on.
         offline: write files only, which `wandb sync` uploads later.
         project: default: WANDB_PROJECT, else "lightning_logs".
+        log_model: checkpoints that ModelCheckpoint keeps become artifacts at the end (True) or at each save ("all").
         experiment: a run that was made with `wandb.init`, to be used as it is.
         prefix: put before every metric's name, with a dash.
+        checkpoint_name: of the artifacts; default: model-ID, of the run.
         kwargs: for `wandb.init`.
 
     Raises:
-        ConfigError: wandb is not installed.
+        ConfigError: wandb is not installed, or log_model is none of these.
     """
 
     LOGGER_JOIN_CHAR = "-"
@@ -49,14 +52,18 @@ class WandbLogger(Logger):
         dir: str | os.PathLike[str] | None = None,  # noqa: A002 - wandb's and Lightning's name
         id: str | None = None,  # noqa: A002 - likewise
         project: str | None = None,
+        log_model: bool | str = False,
         experiment: Any = None,
         prefix: str = "",
+        checkpoint_name: str | None = None,
         **kwargs: Any,
     ) -> None:
         try:
             import wandb  # noqa: F401 - only whether it is there
         except ImportError as error:
             raise ConfigError("WandbLogger needs the wandb package: pip install wandb.") from error
+        if log_model not in (True, False, "all"):
+            raise ConfigError(f"WandbLogger(log_model={log_model!r}). Allowed: True, False, 'all'.")
         folder = save_dir if dir is None else dir
         self._name = name
         self._save_dir = None if folder is None else os.fspath(folder)
@@ -66,6 +73,10 @@ class WandbLogger(Logger):
         self._experiment = experiment
         self._prefix = prefix
         self._kwargs = kwargs
+        self._log_model = log_model
+        self._checkpoint_name = checkpoint_name
+        self._callback: Checkpoint | None = None
+        self._uploads = Uploads()
 
     @property
     def name(self) -> str | None:
@@ -142,3 +153,29 @@ class WandbLogger(Logger):
 
         each = [{name: values[i] for name, values in kwargs.items()} for i in range(len(images))]
         self.log_metrics({key: [wandb.Image(i, **options) for i, options in zip(images, each, strict=True)]}, step)
+
+    def after_save_checkpoint(self, checkpoint_callback: Checkpoint) -> None:
+        self._callback = checkpoint_callback
+        if self._log_model == "all":
+            self._upload()
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        if self._log_model:
+            self._upload()
+
+    def _upload(self) -> None:
+        """Make artifacts of the checkpoints that are kept and were not yet."""
+        import wandb
+
+        for path in self._uploads.new(self._callback):
+            best = path == getattr(self._callback, "best_model_path", "")
+            artifact = wandb.Artifact(
+                self._checkpoint_name or f"model-{self.version}", type="model",
+                metadata={"original_filename": os.path.basename(path)},
+            )  # fmt: skip
+            if os.path.isdir(path):
+                artifact.add_dir(path)
+            else:
+                artifact.add_file(path, name="model.ckpt")
+            self.experiment.log_artifact(artifact, aliases=["latest", "best"] if best else ["latest"])
