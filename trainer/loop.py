@@ -598,7 +598,7 @@ def after_batch(run: Fit, is_last: bool) -> bool:
             run.virtual.enter(VALIDATION, state.batches, run.virtual.count)
         run.last_validation = time.monotonic()
         run.metrics.enter("train")
-        run.metrics.hook = "training_step"
+        run.metrics.hook, run.metrics.feed = "training_step", run.feed
         state.resume_at = "validation_end"
     if stepped:
         if run.schedulers:
