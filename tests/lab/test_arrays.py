@@ -94,7 +94,8 @@ def test_an_array_with_preempted_and_failing_elements(lab, project) -> None:
     assert {n for n in names if found[n]["job_id"].startswith(f"{again}_")} == set(failing)
     project.launch("wait", again, "--timeout", "120")
     assert set(project.statuses("sweep").values()) == {"finished"}
-    assert (project.folder / "result-11").read_text() == "['--lr=0.1', '--seed=11'] 1"
+    result = (project.folder / "result-11").read_text()
+    assert result == "['--lr=0.1', '--seed=11'] 1", project.launch("show", "sweep_11")
     assert project.launch("retry", "sweep") == ""  # nothing to do
 
 
