@@ -21,6 +21,7 @@ import json
 import os
 import pkgutil
 import random
+import resource
 import runpy
 import signal
 import sys
@@ -89,7 +90,8 @@ def _tell_stacks(path: str) -> None:
     """When it is asked by `SIGNAL`, a handler in C writes the stacks of all threads to a file that is held open."""
     given = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
     # Out of the way of programs that count on the lowest free number.
-    kept = fcntl.fcntl(given, fcntl.F_DUPFD_CLOEXEC, 200)
+    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    kept = fcntl.fcntl(given, fcntl.F_DUPFD_CLOEXEC, min(200, most // 2))
     os.close(given)
     faulthandler.register(SIGNAL, kept, all_threads=True)
 

@@ -70,7 +70,7 @@ class _Walk:
             return
         if isinstance(value, _OPAQUE) or id(value) in self._seen or depth > _DEEP or _is_ours(value):
             return
-        if isinstance(value, Tensor) and value.nbytes > _LARGE and not is_result(name):
+        if isinstance(value, Tensor) and value.numel() * value.element_size() > _LARGE and not is_result(name):
             self.found[name] = _hash_by_version(value)
         elif (leaf := _leaf(value)) is not None:
             self.found[name] = _hash(leaf)
