@@ -6,7 +6,7 @@ JOBS   ?= 2
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help run test test-failed test-lab test-lab-failed lab lab-down check lint types bench soak gpu clean
+.PHONY: help run test test-failed test-slow test-slow-failed test-lab test-lab-failed lab lab-down check lint types bench soak gpu clean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -21,10 +21,16 @@ run: $(BIN)/launch   ## install, then train the digits example on 4 ranks
 	$(BIN)/launch --procs 4 examples/digits.py
 
 test: $(BIN)/launch  ## install, then the everyday test suite
-	$(BIN)/python -m pytest -n $(JOBS) -m "not soak and not gpu and not lab"
+	$(BIN)/python -m pytest -n $(JOBS) -m "not soak and not gpu and not lab and not slow"
 
 test-failed: $(BIN)/launch ## those that failed last time, one at a time
-	$(BIN)/python -m pytest --last-failed --last-failed-no-failures none -m "not soak and not gpu and not lab"
+	$(BIN)/python -m pytest --last-failed --last-failed-no-failures none -m "not soak and not gpu and not lab and not slow"
+
+test-slow: $(BIN)/launch ## the few that take many seconds each: notebooks, logging servers, proofs of exact resume
+	$(BIN)/python -m pytest -n $(JOBS) -m "slow and not soak"
+
+test-slow-failed: $(BIN)/launch ## those of them that failed last time
+	$(BIN)/python -m pytest --last-failed --last-failed-no-failures none -m "slow and not soak"
 
 test-lab: $(BIN)/launch ## tests on a real Slurm of 3 nodes in namespaces (root; installs Debian's Slurm)
 	tests/lab/install.sh

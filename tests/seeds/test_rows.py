@@ -211,6 +211,7 @@ print("".join(o.get("text", "") for o in notebook.cells[5].outputs), notebook.ce
 """
 
 
+@pytest.mark.slow
 def test_row_69_a_notebook(tmp_path):
     pytest.importorskip("nbclient")
     pytest.importorskip("ipykernel")

@@ -53,6 +53,7 @@ def server(tmp_path):
         process.wait()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)  # a server and three interpreters begin
 def test_a_server_gets_metrics_parameters_and_checkpoints_and_a_restart_goes_on(server, gang, tmp_path):
     uri, healthy = server
@@ -77,6 +78,7 @@ def test_a_server_gets_metrics_parameters_and_checkpoints_and_a_restart_goes_on(
     assert fit(gang, uri, tmp_path, LAUNCH_RUN_DIR=str(tmp_path)) == first
 
 
+@pytest.mark.slow
 def test_without_a_server_everything_is_on_disk(gang, tmp_path):
     run = fit(gang, "", tmp_path)
     with contextlib.closing(sqlite3.connect(tmp_path / "mlruns" / "mlflow.db")) as store:

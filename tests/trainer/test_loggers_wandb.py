@@ -54,6 +54,7 @@ def fit(gang, folder):
     return rank.stdout.split("ID ")[1].strip()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)  # W&B's own service begins three times
 def test_offline_run_and_its_restart(gang, tmp_path):
     first = fit(gang, tmp_path)

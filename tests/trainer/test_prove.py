@@ -44,6 +44,7 @@ def drill(*arguments):
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_script_that_resumes_exactly_passes(tmp_path):
     done = drill("--kills", "1", "--stops", "0", "--folder", str(tmp_path / "runs"), str(LEAKS), "none")
@@ -52,6 +53,7 @@ def test_a_script_that_resumes_exactly_passes(tmp_path):
     assert (tmp_path / "runs" / "trial-0-0" / "checkpoints").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_leak_is_named():
     proof = prove_resume(LEAKS, ["callback"], kills=0, stops=1)
@@ -264,6 +266,7 @@ def test_bad_arguments(tmp_path):
         prove_resume(LEAKS, folder=tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_script_that_fails_or_trains_nothing_is_told(tmp_path):
     script = tmp_path / "script.py"
