@@ -23,6 +23,9 @@ _LOOK_S = 0.2  # between two looks at the length of the output file, and at stat
 # Between two questions to the controller: after a change, and when nothing has changed for a while. That a run has
 # begun or ended stands in its folder; a queue may be long, and thousands may wait in it.
 _QUICK_S, _CALM_S, _SLOWER = 0.3, 15.0, 1.3
+# The end of the last life's script may still be on its way to the controller, which would take it for the next life's
+# (seen once in 100 requeues that were let go at once: FAILED with the old exit code, in the second of its start).
+_SETTLED_S = 1.0
 _SILENT_S = 20.0  # from the end that Slurm tells of to when nobody can be expected to record it
 
 
@@ -54,7 +57,7 @@ def follow(folder: Path, say: Callable[[str], None]) -> int:
     job = read_json(folder / "slurm.json") or {}
     output = _Output(job["output"])
     told, before = "", None
-    asked, pause, ended = float("-inf"), _QUICK_S, None
+    asked, pause, ended, held = float("-inf"), _QUICK_S, None, 0.0
     while True:
         output.show()
         state = read_json(folder / "state.json") or {}
@@ -72,9 +75,13 @@ def follow(folder: Path, say: Callable[[str], None]) -> int:
                 say(f"the run goes on as job {job['job_id']}")
             record = _ask(job["job_id"])
             word = ""
+            if record is None or record.reason != "BeginTime":
+                held = 0.0
             if record is not None and record.state == "PENDING":
                 if record.restarts and record.reason == "BeginTime":
-                    _lift(job["job_id"])
+                    held = held or time.monotonic()
+                    if time.monotonic() - held >= _SETTLED_S:
+                        _lift(job["job_id"])
                 word = f"job {job['job_id']} is waiting ({record.reason or 'Slurm has not looked at it yet'})"
             if word != told:
                 told, pause = word, _QUICK_S

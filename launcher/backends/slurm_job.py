@@ -59,7 +59,10 @@ class Job:
 
     def __init__(self, spec: LaunchSpec, folder: Path, save_s: float | None = None) -> None:
         assert spec.slurm is not None
-        self.job_id = os.environ["SLURM_JOB_ID"]
+        self.job_id = self._name = os.environ["SLURM_JOB_ID"]
+        if "SLURM_ARRAY_TASK_ID" in os.environ:
+            # The last element of an array has the array's own number, by which Slurm understands all elements.
+            self._name = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
         self.restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         self.stop: Stop | None = None
         self.signal: int | None = None  # what came with the stop
@@ -89,13 +92,13 @@ class Job:
                 time.sleep(0.5)
 
     def _ask(self) -> _Now:
-        text = self._tool(*SCONTROL, self.job_id, timeout_s=_HURRY_S)
+        text = self._tool(*SCONTROL, self._name, timeout_s=_HURRY_S)
         for record in read_scontrol(text).values():
             if record.raw_id == self.job_id:
                 flags = re.search(r"^   Requeue=(\d+) .*\bBatchFlag=(\d+)", text, re.MULTILINE)
                 requeue, batch = flags.groups() if flags else ("0", "0")
                 return _Now(record, batch == "1", requeue == "1")
-        raise ClusterError(f"scontrol show job {self.job_id} answered {text!r}")
+        raise ClusterError(f"scontrol show job {self._name} answered {text!r}")
 
     # ------------------------------------------------------------------------------------------ for the supervisor
 
@@ -181,7 +184,7 @@ class Job:
 
         def requeue() -> None:
             if (self._ask().record.restarts or 0) <= self.restart:
-                self._tool("scontrol", "requeue", self.job_id, timeout_s=20.0)
+                self._tool("scontrol", "requeue", self._name, timeout_s=20.0)
 
         self._patiently(requeue)
         self.avoid(exclude)
@@ -195,7 +198,7 @@ class Job:
         within_s = max(1.0, self._kill_wait_s - 1.0)
         with contextlib.suppress(ClusterError):
             self._patiently(
-                lambda: self._tool("scontrol", "update", f"JobId={self.job_id}", f"ExcNodeList={names}"),
+                lambda: self._tool("scontrol", "update", f"JobId={self._name}", f"ExcNodeList={names}"),
                 within_s,
                 within_s,
             )

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ class Job:
 
     def __init__(self, lab: Lab, folder: Path, job_id: str) -> None:
         self.lab, self.folder, self.id = lab, folder, job_id
+        self._held: float | None = None  # since when it is seen to wait for its start time
 
     @classmethod
     def submit(cls, lab: Lab, cwd: Path, *options: str, program: tuple[str | Path, ...] = ("train.py",)) -> Job:
@@ -97,7 +99,12 @@ class Job:
 
     def lift_hold(self) -> None:
         """Let a requeued job start now, as a launch that follows it does."""
-        if self.state.get("goes_on") and self.lab.job(self.id).get("Reason") == "BeginTime":
+        waits = self.state.get("goes_on") and self.lab.job(self.id)
+        if not waits or (waits.get("JobState"), waits.get("Reason")) != ("PENDING", "BeginTime"):
+            self._held = None
+        elif self._held is None:
+            self._held = time.monotonic()
+        elif time.monotonic() - self._held >= 1:  # the last life is really over
             self.lab.try_run("scontrol", "update", f"JobId={self.id}", "StartTime=now")
 
     def wait_attempts(self, number: int, timeout: float = 90) -> None:

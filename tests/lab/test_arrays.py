@@ -69,6 +69,8 @@ def test_an_array_with_preempted_and_failing_elements(lab, project) -> None:
     wait_for(others_are_over, 300, "all elements to have run but the three that wait")
     found = project.standings("sweep")
     assert [name for name in names if found[name]["status"] == "failed"] == failing
+    # Nobody else is to be on their nodes.
+    wait_for(lambda: set(lab.queue()) <= {found[name]["job_id"] for name in long}, 60, "the others to have left")
     # By node: several of them may share one.
     for name in {lab.job(found[name]["job_id"])["NodeList"]: name for name in long}.values():
         lab.preempt(found[name]["job_id"])
