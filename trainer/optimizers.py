@@ -201,7 +201,10 @@ class WrappedOptimizer:
         stepped: Callable[[], None],
     ) -> None:
         # An instance's own class makes isinstance(opt, Adam) true without copying the optimizer's state.
-        self.__class__ = type(type(optimizer).__name__, (WrappedOptimizer, type(optimizer)), {})
+        made = type(optimizer)
+        # As if it stood where its class stands: who looks for an optimizer by its name, as command lines do, must not
+        # find two.
+        self.__class__ = type(made.__name__, (WrappedOptimizer, made), {"__module__": made.__module__})
         self._optimizer = optimizer
         self._module = module
         self._precision = precision

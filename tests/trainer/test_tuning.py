@@ -66,7 +66,8 @@ def test_lr_find_rises_suggests_and_leaves_no_trace(quiet, tmp_path):
     assert (lrs[0], lrs[-1]) == (1e-6, pytest.approx(10))
     assert lrs[1] / lrs[0] == pytest.approx(lrs[-1] / lrs[-2])
     assert found.suggestion() == model.lr == model.hparams.lr
-    assert 1e-4 < model.lr < 1
+    assert model.lr in lrs[10:]  # where the loss falls fastest, which noise decides here, but never among the first
+    assert model.lr < 1
     assert torch.equal(weights(model), before)
     assert torch.equal(torch.get_rng_state(), state)
     assert model._trainer is None
