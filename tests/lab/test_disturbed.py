@@ -193,7 +193,8 @@ def test_a_killed_agent_is_no_failure_of_the_run(submit, undisturbed, node):
     job.kill(node, "agent")
     attempts = ended_as(undisturbed, job, EVERY)
     assert f"agent on {node}" in attempts[0]["cause"]
-    assert attempts[0]["lost_steps"] in range(EVERY)  # of node1 it is known how far it was a moment before
+    # Rank 0's node tells every 5 s how far it is: killed before that, nobody knows.
+    assert attempts[0]["lost_steps"] in (*range(EVERY), *([None] if node == "node1" else []))
     assert job.state["ledger"]["failures"] == 0
     assert len(job.markers) == 1
 
