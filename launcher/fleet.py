@@ -38,7 +38,7 @@ class Roll:
     """Which nodes of a fleet are awaited, by the supervisor's clock."""
 
     def __init__(self, fleet: Fleet) -> None:
-        self._fleet = fleet
+        self.fleet = fleet
         self._seen: set[int] = set()
         self._absent: dict[int, str] = {}
         self._try_at: dict[int, float] = {}
@@ -51,9 +51,9 @@ class Roll:
 
     def stayed_away(self, node: int, code: int, *, hopeless: str | None) -> None:
         """The way to a node ended before its agent had said anything. hopeless: what it said of a lasting reason."""
-        self._absent[node] = hopeless or self._fleet.why(node, code)
+        self._absent[node] = hopeless or self.fleet.why(node, code)
         # Who was there once is rebooting, perhaps; for who never was, a person is waiting who may have to mend it.
-        if hopeless is None and (node in self._seen or self._fleet.passing(node, code)):
+        if hopeless is None and (node in self._seen or self.fleet.passing(node, code)):
             self._try_at[node] = time.monotonic() + _AGAIN_S
 
     def due(self) -> list[int]:
@@ -71,8 +71,8 @@ class Roll:
 
     def story(self, missing: Sequence[int]) -> str:
         """Who is missing, and why."""
-        told = [f"{self._fleet.names[i]}: {self._absent.get(i, 'it has not said anything yet')}" for i in missing]
-        counted = f"{len(missing)} of {len(self._fleet.names)} hosts did not come"
+        told = [f"{self.fleet.names[i]}: {self._absent.get(i, 'it has not said anything yet')}" for i in missing]
+        counted = f"{len(missing)} of {len(self.fleet.names)} hosts did not come"
         return "\n  ".join([counted, *told[:20], *([f"and {len(told) - 20} more"] if len(told) > 20 else [])])
 
     def beat(self) -> bool:

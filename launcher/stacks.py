@@ -119,7 +119,7 @@ class Census:
 
     def to_json(self) -> dict[str, Any]:
         return {"time": time.time(), "hang": self.hang, "silent_nodes": sorted(self.awaited),
-                "groups": [asdict(g) for g in self._groups]}  # fmt: skip
+                "groups": [g.to_json() for g in self._groups]}  # fmt: skip
 
 
 def numbers(ranks: Iterable[int]) -> str:

@@ -103,7 +103,6 @@ class Supervisor:
         self._step: subprocess.Popen[bytes] | None = None  # the scheduler's way to the agents
         self._watch = None if scheduler is None else StopWatch(scheduler, spec)
         self._census: Census | None = None  # of stacks, while nodes still answer
-        self._fleet = fleet
         self._roll = None if fleet is None else Roll(fleet)
         self._relay = Relay(on_drained=self._rouse)
         self._wake_read = self._wake = -1
@@ -335,8 +334,8 @@ class Supervisor:
         environment = dict(self._child_environment)
         if node_rank is not None:
             environment["LAUNCH_NODE_RANK"] = str(node_rank)
-        if self._fleet is not None and node_rank is not None:
-            link, process = self._fleet.start(node_rank, environment)
+        if self._roll is not None and node_rank is not None:
+            link, process = self._roll.fleet.start(node_rank, environment)
         else:
             link, process = spawn_agent(environment, cwd=self.run.spec.cwd, own_session=self._own_session)
         agent = _Agent(link, node_rank, process=process)
@@ -431,7 +430,7 @@ class Supervisor:
         self._host_of[index] = agent.host
         if agent.process is not None:
             self._spawned.add(index)
-        if agent.process is None or self._fleet is not None:
+        if agent.process is None or self._roll is not None:
             agent.shift_ns = time.monotonic_ns() - hello["now_ns"]
         if self._roll is not None:
             self._roll.came(index)
@@ -448,9 +447,9 @@ class Supervisor:
             }
         )
         procs = hello["procs"] if isinstance(hello["procs"], int) else slots
-        if self._fleet is not None:
+        if self._roll is not None:
             self._agree_on_address(index, hello["address"])
-        if agent.process is None and self._spawned and self._fleet is None:
+        if agent.process is None and self._spawned and self._roll is None:
             for own in self._agents:
                 # It came before anybody had reached this host.
                 if own.process is not None and own.joined and own.index is not None:
@@ -462,11 +461,11 @@ class Supervisor:
         if self._scheduler is not None:
             return self._scheduler.orphan_grace_s
         # On other machines the way here may be what is gone: that is no reason to lose what was trained.
-        return self.run.spec.grace if self._fleet is not None else 1.0
+        return self.run.spec.grace if self._roll is not None else 1.0
 
     def _address_of(self, agent: _Agent, hello: dict[str, Any]) -> str | None:
         """Where the other nodes reach this one."""
-        if self._fleet is not None and agent.index is not None:
+        if self._roll is not None and agent.index is not None:
             return self._addresses[agent.index]
         if self.run.spec.local_addr is not None and agent.process is not None:
             return self.run.spec.local_addr
@@ -513,9 +512,9 @@ class Supervisor:
     def _lost(self, agent: _Agent) -> None:
         self._drop(agent)
         how = "its connection was lost"
-        if self._fleet is not None and self._roll is not None and agent.process is not None and agent.node is not None:
+        if self._roll is not None and agent.process is not None and agent.node is not None:
             code = _end_of(agent.process)
-            how = self._fleet.why(agent.node, code)
+            how = self._roll.fleet.why(agent.node, code)
             if agent.index is None:
                 self._roll.stayed_away(agent.node, code, hopeless=None if agent.hopeless is None else agent.why)
                 return
@@ -611,7 +610,7 @@ class Supervisor:
         srun waits for a node that no longer answers, and for its sake nobody else needs to.
         """
         deadline = time.monotonic() + (2.0 if self.unreachable else 10.0)
-        while self._fleet is not None and self._agents and time.monotonic() < deadline:
+        while self._roll is not None and self._agents and time.monotonic() < deadline:
             self._turn()  # their consoles come by the same way
         for agent in self._agents:
             if agent.process is not None:
