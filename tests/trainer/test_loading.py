@@ -479,6 +479,7 @@ def test_to_device():
     assert map_tensors([one, Graph()], lambda t: t + 1)[0].tolist() == [2.0, 2.0]
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_in_mid_epoch_on_another_number_of_ranks(gang, tmp_path):
     """4 -> 2 -> 3: every sample of the epoch once, and the epoch ends with its validation."""
 

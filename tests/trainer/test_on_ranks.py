@@ -22,7 +22,7 @@ def curves(text: str) -> dict[str, list[list[float]]]:
 
 
 @pytest.mark.peer
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_losses_equal_lightnings_bit_for_bit(gang, ranks: int) -> None:
     """200 steps with clipping and two schedulers, with and without accumulation."""
     pytest.importorskip("lightning")

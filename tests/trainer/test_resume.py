@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
+@pytest.mark.slow
 def test_two_ranks_stop_together_die_and_go_on(gang, tmp_path):
     """One rank alone is told to stop; later one is killed; the end is that of an undisturbed run."""
 
