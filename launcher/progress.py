@@ -1,13 +1,15 @@
-"""How far a rank is, from the page of 64 bytes that LAUNCH_PROGRESS names and that the program may fill.
+"""How far a rank is, from the page of 128 bytes that LAUNCH_PROGRESS names and that the program may fill.
 
 Layout, little endian: 0 u64 magic; 8 u64 step; 16 u32 phase (0 start, 1 train, 2 validate,
 3 test, 4 predict, 5 save, 6 done); 20 u32 epoch; 24 u64 CLOCK_MONOTONIC ns of the last step;
-32 u64 last saved step; 40 f64 seconds of the last save; 48 f64 loss or NaN; 56 u64 one more than the step that this
+32 u64 own ns, summed over all steps: what they took without the parts in which ranks wait for each other (0: not told);
+40 u64 last saved step; 48 f64 seconds of the last save; 56 f64 loss or NaN; 64 u64 one more than the step that this
 attempt began at (0: not told).
 """
 
 from __future__ import annotations
 
+import math
 import struct
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,18 +19,23 @@ if TYPE_CHECKING:
 
 __all__ = ["PAGE", "Beat", "Progress"]
 
-PAGE = 64
-_MAGIC = 0x4D55535445520001
-_LAYOUT = struct.Struct("<QQIIQQddQ")
+PAGE = 128
+_MAGIC = 0x4D55535445520002
+_LAYOUT = struct.Struct("<QQIIQQQddQ")
 
 
 @dataclass(frozen=True)
 class Beat:
-    """What a rank was last seen to do. at: seconds of CLOCK_MONOTONIC, of its last step; 0 before the first."""
+    """What a rank was last seen to do. at: seconds of CLOCK_MONOTONIC, of its last step; 0 before the first.
+
+    own_s: seconds that all its steps took without waiting for other ranks; None: not told.
+    """
 
     step: int
     phase: int
     at: float
+    own_s: float | None = None
+    loss: float | None = None
 
     @property
     def works(self) -> bool:
@@ -42,8 +49,10 @@ class Beat:
     @classmethod
     def of_page(cls, page: mmap.mmap | bytes) -> Beat | None:
         """What a rank has filled in; None if it never did."""
-        magic, step, phase, _, ns, *_ = _LAYOUT.unpack(page[:PAGE])
-        return cls(step, phase, ns / 1e9) if magic == _MAGIC else None
+        magic, step, phase, _, ns, own_ns, _, _, loss, _ = _LAYOUT.unpack_from(page)
+        if magic != _MAGIC:
+            return None
+        return cls(step, phase, ns / 1e9, own_ns / 1e9 if own_ns else None, None if math.isnan(loss) else loss)
 
 
 @dataclass(frozen=True)
@@ -62,7 +71,7 @@ class Progress:
     @classmethod
     def of_page(cls, page: mmap.mmap | bytes) -> Progress | None:
         """What a rank has filled in; None if it never did."""
-        magic, step, _, _, _, saved, save_s, _, began = _LAYOUT.unpack(page[:PAGE])
+        magic, step, _, _, _, _, saved, save_s, _, began = _LAYOUT.unpack_from(page)
         if magic != _MAGIC:
             return None
         # A save takes some time; a page without one says 0 in 0 s.

@@ -236,13 +236,16 @@ def bind_batches(run: Fit, batches: Iterator[Any], limit: float) -> Callable[[fl
     train_batch = bind_train_batch(run)
 
     def train(due: float) -> tuple[bool, bool] | None:
+        if page is not None:
+            page.since_ns = time.monotonic_ns()
         for batch in coming:
             is_last = state.batch + 1 == limit if look_ahead is None else look_ahead.is_last
             stepped = train_batch(batch, state.batch, is_last)
             if stepped is None:
                 break
             if page is not None:
-                page.pack_step(page.buffer, 8, state.global_step, TRAIN, state.epoch, time.monotonic_ns())
+                now = time.monotonic_ns()
+                page.pack_step(page.buffer, 8, state.global_step, TRAIN, state.epoch, now, page.own_ns)
             if (
                 state.batch >= due
                 or state.should_stop or signals.requested or state.batches >= agreement.limit_batches
@@ -277,9 +280,11 @@ def bind_plain_batches(
     agreement, signals, page, before_step = run.agreement, run.signals, run.page, run.before_step
     on_batch_start, on_batch_end = hooks.on_train_batch_start, hooks.on_train_batch_end
     zero_grad, optimizer_step, share_buffers = optimizer.zero_grad, optimizer.step, run.parallel.share_buffers
+    clock = time.monotonic_ns
 
     def train(due: float) -> tuple[bool, bool] | None:
         index = state.batch
+        own, since = 0 if page is None else page.own_ns, clock()
         for batch in batches:
             if move is not None:
                 batch = move(batch, 0)
@@ -289,10 +294,14 @@ def bind_plain_batches(
             output = step(batch, index)
             loss = output if type(output) is Tensor else _loss_of(run, output)
             zero_grad()
+            if page is not None:
+                own += clock() - since
             if loss is not None:
                 if feed.weight != 1.0:
                     loss = loss * feed.weight
                 loss.backward()
+            if page is not None:
+                since = clock()
             if before_step is not None:
                 before_step(optimizer)
             optimizer_step()
@@ -311,12 +320,14 @@ def bind_plain_batches(
                 on_batch_end(_outputs(output), batch, index - 1)
             if page is not None:
                 if isinstance(output, Tensor) and output.is_cpu:
-                    page.pack_loss(page.buffer, 48, output.item())
-                page.pack_step(page.buffer, 8, state.global_step, TRAIN, state.epoch, time.monotonic_ns())
+                    page.pack_loss(page.buffer, 56, output.item())
+                page.pack_step(page.buffer, 8, state.global_step, TRAIN, state.epoch, since, own)
             if (
                 index >= due
                 or state.should_stop or signals.requested or state.batches >= agreement.limit_batches
             ):  # fmt: skip
+                if page is not None:
+                    page.own_ns = own
                 return True, index == limit
             state.logger_step += 1
             state.resume_at = ""
@@ -406,7 +417,7 @@ def bind_train_batch(run: Fit) -> Callable[[Any, int, bool], bool | None]:
             if is_last:
                 step_schedulers(run, "epoch", plateau=False)
         if page is not None and isinstance(output, Tensor) and output.is_cpu:
-            page.pack_loss(page.buffer, 48, output.item())
+            page.pack_loss(page.buffer, 56, output.item())
         if on_batch_end is not None:
             state.resume_at = "batch_end"
             on_batch_end(_outputs(output), batch, index)
@@ -422,6 +433,7 @@ def bind_micro_batch(run: Fit) -> Callable[[Any, int], Any]:
     hooks = run.hooks
     on_before_zero_grad, zero_grad = hooks.on_before_zero_grad, hooks.optimizer_zero_grad
     on_before_backward, backward, on_after_backward = hooks.on_before_backward, hooks.backward, hooks.on_after_backward
+    page = run.page
 
     def micro_batch(batch: Any, index: int) -> Any:
         if plain:
@@ -448,10 +460,14 @@ def bind_micro_batch(run: Fit) -> Callable[[Any, int], Any]:
             on_before_backward(loss)
         if scaler is not None:
             loss = scaler.scale(loss)
+        if page is not None:
+            page.own_ns += time.monotonic_ns() - page.since_ns
         if backward is None:
             loss.backward()
         else:
             backward(loss)
+        if page is not None:
+            page.since_ns = time.monotonic_ns()
         if on_after_backward is not None:
             on_after_backward()
         return output

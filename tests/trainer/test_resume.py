@@ -439,8 +439,8 @@ def test_a_finished_run_does_nothing_again(run_folder, restarted, tmp_path, monk
     first = attempt(folder)
     page = (tmp_path / "page").read_bytes()
     assert struct.unpack_from("<QQII", page) == (MAGIC, 15, DONE, 2)
-    assert struct.unpack_from("<Q", page, 32) == (15,)
-    assert struct.unpack_from("<Q", page, 56) == (1,)  # one more than the step that it began at
+    assert struct.unpack_from("<Q", page, 40) == (15,)
+    assert struct.unpack_from("<Q", page, 64) == (1,)  # one more than the step that it began at
     model = Model()
     trainer = T.Trainer(accelerator="cpu", max_epochs=3, logger=False, enable_progress_bar=False,
                         enable_model_summary=False)  # fmt: skip
