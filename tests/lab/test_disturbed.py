@@ -66,6 +66,15 @@ def preempt(job: Job) -> None:
     wait_for(lambda: job.lab.job(job.id).get("PreemptTime", "None") != "None", 30, "the preemption")
 
 
+def preempted_at(submit, place: str) -> Job:
+    """A job that has been preempted where `--hold` holds all its ranks, and whose supervisor knows of it."""
+    job = submit("--hold", place)
+    wait_held(job)
+    preempt(job)
+    job.wait(lambda: job.of("stop"), "the stop")
+    return job
+
+
 def end_slurmctld(lab: Lab, how: str) -> None:
     """shut down: it saves its state; killed: it forgets what it had not saved."""
     if how == "killed":
@@ -355,10 +364,7 @@ def test_preempted_in_a_save_that_the_grace_is_too_short_for(lab, submit, undist
 
 
 def test_preempted_in_a_save(lab, submit, undisturbed):
-    job = submit("--hold", "save")
-    wait_held(job)
-    preempt(job)
-    job.wait(lambda: job.of("stop"), "the stop")
+    job = preempted_at(submit, "save")
     let_go(job)
     ended_as(undisturbed, job, STOPPED)
     assert job.step(0) >= 20
@@ -366,20 +372,14 @@ def test_preempted_in_a_save(lab, submit, undisturbed):
 
 @pytest.mark.soak
 def test_preempted_in_a_validation(lab, submit, undisturbed):
-    job = submit("--hold", "validation")
-    wait_held(job)
-    preempt(job)
-    job.wait(lambda: job.of("stop"), "the stop")
+    job = preempted_at(submit, "validation")
     let_go(job)
     ended_as(undisturbed, job, STOPPED)
 
 
 @pytest.mark.soak
 def test_preempted_in_the_last_step(lab, submit, undisturbed):
-    job = submit("--hold", "60")
-    wait_held(job)
-    preempt(job)
-    job.wait(lambda: job.of("stop"), "the stop")
+    job = preempted_at(submit, "60")
     let_go(job)
     job.wait_over()
     ended_as(undisturbed, job, *([60] * (len(job.of("attempt")) - 1)))
@@ -420,10 +420,7 @@ def test_preempted_while_the_agents_import(lab, submit, undisturbed, tmp_path):
 
 @pytest.mark.soak
 def test_cancelled_in_the_grace_of_a_preemption(lab, submit):
-    job = submit("--hold", "15")
-    wait_held(job)
-    preempt(job)
-    job.wait(lambda: job.of("stop"), "the stop")
+    job = preempted_at(submit, "15")
     lab.run("scancel", job.id)
     job.wait(lambda: len(job.of("stop")) == 2, "the ranks to be told of less time")
     let_go(job)
@@ -437,10 +434,7 @@ def test_cancelled_in_the_grace_of_a_preemption(lab, submit):
 
 @pytest.mark.soak
 def test_cancelled_while_it_waits_to_go_on(lab, submit, undisturbed):
-    job = submit("--hold", "15")
-    wait_held(job)
-    preempt(job)
-    job.wait(lambda: job.of("stop"), "the stop")
+    job = preempted_at(submit, "15")
     let_go(job)
     job.wait(lambda: job.of("requeued"), "the requeue")
     lab.wait_state(job.id, "PENDING")
@@ -455,10 +449,7 @@ def test_cancelled_while_it_waits_to_go_on(lab, submit, undisturbed):
 
 @pytest.mark.soak
 def test_a_node_dies_in_the_save_of_a_preemption(lab, submit, undisturbed):
-    job = submit("--hold", "save")
-    wait_held(job)
-    preempt(job)
-    job.wait(lambda: job.of("stop"), "the stop")
+    job = preempted_at(submit, "save")
     lab.kill_node("node2")
     job.wait_attempts(2)
     lab.boot_node("node2")
