@@ -39,12 +39,17 @@ def agent_command(*where: str) -> list[str]:
     return python_command("launcher.agent", *where)
 
 
-def spawn_agent(environment: dict[str, str], *, cwd: str, own_session: bool) -> tuple[Channel, subprocess.Popen[bytes]]:
-    """Start an agent on this machine, connected by a socket pair: no port, no token."""
+def spawn_agent(
+    environment: dict[str, str], *, cwd: str, own_session: bool, module: str = "launcher.agent"
+) -> tuple[Channel, subprocess.Popen[bytes]]:
+    """Start an agent, or what else is started as one, on this machine, connected by a socket pair: no port, no token.
+
+    It must not outlive this process.
+    """
     ours, theirs = pair()
     fd = theirs.sock.fileno()
     process = subprocess.Popen(
-        agent_command("fd", str(fd)),
+        python_command(module, "fd", str(fd)),
         pass_fds=(fd,),
         env=environment | {"LAUNCH_STARTER_PID": str(os.getpid())},
         cwd=cwd,

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from launcher.channel import Channel, pair
 from launcher.errors import LaunchError, UsageError
 from launcher.processes import become_subreaper
-from launcher.starting import agent_command
+from launcher.starting import python_command
 from launcher.supervisor import Supervisor
 
 if TYPE_CHECKING:
@@ -59,15 +59,18 @@ _STORY = 12
 
 
 class Machines:
-    """The hosts of a spec. folder: where ssh's own words go; sockets: an empty folder of this run's own."""
+    """The hosts of a spec. folder: where ssh's own words go; sockets: an empty folder of this run's own; module: whose
+    `bootstrap` is started there.
+    """
 
-    def __init__(self, spec: LaunchSpec, folder: Path, sockets: Path) -> None:
+    def __init__(self, spec: LaunchSpec, folder: Path, sockets: Path, module: str = "launcher.agent") -> None:
         assert spec.ssh is not None
         self.names: Sequence[str] = spec.ssh.hosts
         self._spec = spec
         self._env = spec.ssh.env
         self._folder = folder
         self._sockets = sockets
+        self._module = module
         self._shares: dict[str, bool] = {}
         self._said: dict[int, int] = {}  # where in its file the latest way to a node began
         folder.mkdir(mode=0o700, exist_ok=True)
@@ -77,7 +80,7 @@ class Machines:
     def start(self, node: int, environment: dict[str, str]) -> tuple[Channel, subprocess.Popen[bytes]]:
         travels = {n: v for n, v in environment.items() if TRAVELLING.fullmatch(n) or n in self._env}
         travels["LAUNCH_NODE_RANK"] = str(node)
-        data = (travels, self._spec.cwd, agent_command("stdio"))
+        data = (travels, self._spec.cwd, python_command(self._module, "stdio"))
         ours, theirs = pair()
         with open(self._log(node), "ab") as log:
             self._said[node] = log.tell()

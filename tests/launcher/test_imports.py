@@ -20,7 +20,7 @@ ORDER = {
     "history": 3, "starting": 3, "scheduling": 3, "fleet": 3, "watching": 3, "arrival": 3,
     "agent": 4, "elastic": 4, "supervisor": 4,
     "arrays": 5, "sweep": 5, "backends": 5, "options": 6, "hosts": 6, "request": 7, "standing": 7, "commands": 8,
-    "launching": 9, "cli": 9, "call": 0, "jobs": 9, "calling": 10,
+    "doctor": 5, "launching": 9, "cli": 9, "call": 0, "jobs": 9, "calling": 10,
     "__init__": 11,
 }  # fmt: skip
 
