@@ -316,7 +316,7 @@ class Node:
             "env": environment,
             "cwd": spec.cwd,
             "terminal": terminal,
-            "stdin": spec.procs == 1 and spec.nodes == 1,
+            "stdin": spec.procs == 1 and spec.places == 1,
             "fork": bool(spec.preload),
             "stacks": view.stacks,
         }

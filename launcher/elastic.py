@@ -47,6 +47,7 @@ class GangRendezvous(RendezvousHandler):
     def __init__(self, node: Node) -> None:
         self._node = node
         self._store: Store | None = None
+        self._hosted = -1  # the attempt whose store is held here
         self._closed = False
         self.world: World | None = None
         self.index = -1
@@ -95,6 +96,7 @@ class GangRendezvous(RendezvousHandler):
         self._store = TCPStore(
             addr, port, None, True, wait_for_workers=False, master_listen_fd=listener.detach(), use_libuv=True
         )
+        self._hosted = order["attempt"]
         return addr, port
 
     def _join(self, order: dict[str, Any]) -> RendezvousInfo:
@@ -106,7 +108,7 @@ class GangRendezvous(RendezvousHandler):
             store_port=order["port"],
         )
         self.world, self.index = world, order["node"]
-        if self._store is None:
+        if self._store is None or self._hosted != world.attempt:  # another node's, after an attempt that never began
             self._reach(world.store_addr, world.store_port)
             self._store = TCPStore(world.store_addr, world.store_port, None, False)
         return RendezvousInfo(

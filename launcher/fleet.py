@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["Fleet", "Roll"]
 
 _AGAIN_S = 1.0
+_MOST_AGAIN_S = 15.0  # for one that stays away
 _BEAT_S = 1.0
 
 
@@ -39,22 +40,39 @@ class Roll:
 
     def __init__(self, fleet: Fleet) -> None:
         self.fleet = fleet
+        self.in_no_hurry = False  # the run has begun, and nobody waits in front of it for whoever is missing
         self._seen: set[int] = set()
+        self._hopeless: set[int] = set()
         self._absent: dict[int, str] = {}
         self._try_at: dict[int, float] = {}
+        self._tries: dict[int, int] = {}  # in vain, since it was last here
         self._beat_at = 0.0
 
     def came(self, node: int) -> None:
         self._seen.add(node)
         self._absent.pop(node, None)
         self._try_at.pop(node, None)
+        self._tries.pop(node, None)
 
     def stayed_away(self, node: int, code: int, *, hopeless: str | None) -> None:
         """The way to a node ended before its agent had said anything. hopeless: what it said of a lasting reason."""
         self._absent[node] = hopeless or self.fleet.why(node, code)
+        if hopeless is not None:
+            self._hopeless.add(node)
         # Who was there once is rebooting, perhaps; for who never was, a person is waiting who may have to mend it.
-        if hopeless is None and (node in self._seen or self.fleet.passing(node, code)):
-            self._try_at[node] = time.monotonic() + _AGAIN_S
+        if hopeless is None and (self.in_no_hurry or node in self._seen or self.fleet.passing(node, code)):
+            self._try_later(node)
+
+    def go_on_without(self, missing: Sequence[int]) -> None:
+        """The run goes on without these, and whoever did not come for a reason that may pass is tried again."""
+        self.in_no_hurry = True
+        for node in missing:
+            if node in self._absent and node not in self._try_at and node not in self._hopeless:
+                self._try_later(node)
+
+    def _try_later(self, node: int) -> None:
+        tries = self._tries[node] = self._tries.get(node, 0) + 1
+        self._try_at[node] = time.monotonic() + min(_MOST_AGAIN_S, _AGAIN_S * 2.0 ** (tries - 1))
 
     def due(self) -> list[int]:
         """Nodes to be tried again now."""

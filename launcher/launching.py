@@ -262,7 +262,7 @@ def _size(spec: LaunchSpec) -> str:
 
 def _tell(folder: runs.RunFolder, outcome: Outcome, name: str | None = None) -> None:
     """How a run ended; name: what a person calls it, if that is not its folder's."""
-    from launcher.supervisor import report
+    from launcher.record import report
 
     name = f"run {folder.run_id}" if name is None else name
     if outcome.status == "finished":

@@ -49,7 +49,7 @@ SBATCH = ("partition", "account", "qos", "time", "mem", "constraint", "nodelist"
           "reservation", "job_name", "comment")  # fmt: skip
 
 _GROUPS = (
-    ("Ranks", ("gpus", "procs", "nodes", "hosts", "sync", "backend", "preload", "no_preload")),
+    ("Ranks", ("gpus", "procs", "nodes", "spares", "hosts", "sync", "backend", "preload", "no_preload")),
     ("Program", ("module", "no_python", "env")),
     ("Run", ("run", "max_restarts", "grace", "hang_timeout", "snapshot", "no_snapshot")),
     ("Many runs", ("array", "sweep", "sweep_file")),
@@ -89,7 +89,8 @@ def _torchrun(*names: str, **settings: Any) -> click.Option:
 PARAMETERS: list[click.Parameter] = [
     click.Option(["--gpus"], metavar="N|all", help="ranks per node, one GPU each"),
     click.Option(["--procs"], type=int, metavar="N", help="ranks per node on the CPU"),
-    click.Option(["--nodes"], type=int, metavar="N", help="number of nodes"),
+    click.Option(["--nodes"], metavar="N|MIN:MAX", help="nodes; MIN:MAX goes on with as many as there are"),
+    click.Option(["--spares"], type=int, default=0, metavar="N", help="hosts beyond --nodes that stand by [0]"),
     click.Option(["--hosts"], metavar="A,B:4|@FILE", help="run there by ssh; ranks per host as slots"),
     click.Option(["--sync"], is_flag=True, help="copy the code to hosts that share no folder"),
     click.Option(["--backend"], type=click.Choice(["local", "slurm", "ssh"]),

@@ -198,10 +198,35 @@ def _on_hosts(o: Mapping[str, Any], s: Surroundings, others: list[str]) -> _Wher
     if not o["hosts"]:
         raise UsageError("--backend ssh: say where with --hosts a,b or --hosts @FILE")
     hosts = parse_hosts(o["hosts"], Path.cwd())
-    count = o["nodes"] if o["nodes"] is not None else len(hosts)
-    if not 0 < count <= len(hosts):
-        raise UsageError(f"--nodes {count}: --hosts names {len(hosts)}")
-    return _Where("hosts", count, s.sbatch, hosts[:count])
+    spares = _spares(o)
+    if o["nodes"] is None:
+        count = len(hosts) - spares
+        if count < 1:
+            raise UsageError(f"--spares {spares}: --hosts names {len(hosts)}, and at least one of them must work")
+    else:
+        _, count = _least_and_most("--nodes", o["nodes"])
+        if count + spares > len(hosts):
+            more = f" and --spares {spares}" if spares else ""
+            raise UsageError(f"--nodes {o['nodes']}{more}: --hosts names {len(hosts)}")
+    return _Where("hosts", count, s.sbatch, hosts[: count + spares])
+
+
+def _spares(o: Mapping[str, Any]) -> int:
+    spares = o["spares"]
+    if not isinstance(spares, int) or spares < 0:
+        raise UsageError(f"--spares {spares}: give a whole number >= 0")
+    return spares
+
+
+def _least_and_most(flag: str, text: str) -> tuple[int, int]:
+    """`4` or `2:4`."""
+    if not re.fullmatch(r"\d+(:\d+)?", text):
+        raise UsageError(f"{flag} {text!r}: give N or MIN:MAX")
+    least, _, most = text.partition(":")
+    found = int(least), int(most or least)
+    if not 1 <= found[0] <= found[1]:
+        raise UsageError(f"{flag} {text}: give N >= 1, or MIN:MAX with 1 <= MIN <= MAX")
+    return found
 
 
 def _ssh(o: Mapping[str, Any], where: _Where, procs: int) -> Ssh | None:
@@ -235,13 +260,15 @@ def _spec_from(o: dict[str, Any], where: _Where) -> LaunchSpec:
     cwd = Path.cwd()
     program = _program(o)
     program.check(cwd)
-    nodes, meeting = _nodes(o, where)
+    least, nodes, meeting = _nodes(o, where)
     procs, device = _procs(o, where)
     restarts, grace = o["max_restarts"], o["grace"]
     settings: dict[str, Any] = {}
     if o["signals_to_handle"]:
         settings["stop_signals"] = tuple(s.strip() for s in o["signals_to_handle"].split(",") if s.strip())
     preload = tuple(m.strip() for m in o["preload"].split(",") if m.strip()) if o["preload"] else ("torch",)
+    if "last_call_timeout" in (conf := _rdzv_conf(o)):
+        settings["last_call_s"] = _seconds(conf["last_call_timeout"])
     if o["no_preload"]:
         if o["preload"]:
             raise UsageError("--preload and --no-preload contradict each other: give one of them")
@@ -252,6 +279,8 @@ def _spec_from(o: dict[str, Any], where: _Where) -> LaunchSpec:
         program=program,
         cwd=str(cwd),
         nodes=nodes,
+        least=None if least == nodes else least,
+        spares=_spares(o),
         procs=procs,
         device=device,
         max_restarts=restarts,
@@ -305,19 +334,15 @@ def _program(o: dict[str, Any]) -> Program:
     return Program(kind, target, tuple(args))  # type: ignore[arg-type]  # one of the three literals
 
 
-def _nodes(o: dict[str, Any], where: _Where) -> tuple[int, Meeting | None]:
+def _nodes(o: dict[str, Any], where: _Where) -> tuple[int, int, Meeting | None]:
+    """The least and the most nodes of an attempt, and where they meet if each is started by somebody else."""
     if o["nodes"] is not None and o["nnodes"] is not None:
         raise UsageError("--nodes and --nnodes are the same thing: give one of them")
-    if o["nnodes"] is not None and not re.fullmatch(r"\d+(:\d+)?", o["nnodes"]):
-        raise UsageError(f"--nnodes {o['nnodes']!r}: give N or MIN:MAX")
-    nodes = o["nodes"] if o["nodes"] is not None else where.nodes
-    if o["nnodes"] is not None:
-        least, _, most = o["nnodes"].partition(":")
-        if most and most != least:
-            raise UsageError(
-                f"--nnodes {o['nnodes']}: a number of nodes that changes is not supported; give one number"
-            )
-        nodes = int(least)
+    least = nodes = where.nodes
+    for name in ("nodes", "nnodes"):
+        if o[name] is not None:
+            least, nodes = _least_and_most(f"--{name}", o[name])
+    spares = _spares(o)
     by_hand = o["rdzv_endpoint"] or o["node_rank"] is not None or o["master_addr"]
     if o["standalone"] and nodes > 1:
         raise UsageError(f"--standalone is one node, --nnodes asks for {nodes}")
@@ -329,36 +354,32 @@ def _nodes(o: dict[str, Any], where: _Where) -> tuple[int, Meeting | None]:
             raise UsageError(f"{nodes} nodes: the {where.place} that this is in has {where.nodes}")
         if where.place == "step" and nodes != where.nodes:
             raise UsageError(f"{nodes} nodes: srun started this on {where.nodes}; leave --nodes out")
-        return nodes, None
-    if o["standalone"] or (nodes == 1 and not o["rdzv_endpoint"]):
+        if where.place in ("job", "allocation", "step") and (spares or least < nodes):
+            flag = f"--spares {spares}" if spares else f"--nodes {least}:{nodes}"
+            raise UsageError(f"{flag}: on Slurm the number of nodes is one; a job that loses a node is requeued")
+        return least, nodes, None
+    if o["standalone"] or (nodes == 1 and not spares and not o["rdzv_endpoint"]):
         if o["node_rank"]:
             raise UsageError(f"--node-rank {o['node_rank']} of 1 node: give --nnodes and --rdzv-endpoint as well")
-        return nodes, None
+        if spares:
+            raise UsageError(f"--standalone is one node, --spares {spares} asks for more")
+        return least, nodes, None
     if not by_hand:
         if where.sbatch:
             raise UsageError(f"--nnodes {nodes} without --rdzv-endpoint: for a Slurm job say --nodes {nodes}")
         raise UsageError(
-            f"{nodes} nodes, but no word on where: there is no cluster scheduler on {socket.gethostname()}. "
+            f"{nodes + spares} nodes, but no word on where: there is no cluster scheduler on {socket.gethostname()}. "
             "Rehearse them on this machine with --backend local, or start one launch per node with "
             "--node-rank R --rdzv-endpoint HOST:PORT"
         )
-    return nodes, _meeting(o, nodes)
+    return least, nodes, _meeting(o, nodes + spares)
 
 
 def _meeting(o: dict[str, Any], nodes: int) -> Meeting:
     backend = o["rdzv_backend"] or "static"
     if backend not in ("static", "c10d"):
         raise UsageError(f"--rdzv-backend {backend!r} is not supported: static and c10d are")
-    conf: dict[str, str] = {}
-    for text in o["rdzv_conf"]:
-        for item in filter(None, text.split(",")):
-            key, equals, value = item.partition("=")
-            if not equals:
-                raise UsageError(f"--rdzv-conf {item!r}: give key=value pairs")
-            conf[key.strip()] = value.strip()
-    known = {"is_host", "timeout", "join_timeout", "read_timeout", "last_call_timeout", "close_timeout", "rank"}
-    if unknown := sorted(conf.keys() - known):
-        raise UsageError(f"--rdzv-conf {', '.join(unknown)}: not supported; known are {', '.join(sorted(known))}")
+    conf = _rdzv_conf(o)
     rank = o["node_rank"]
     if rank is None and "rank" in conf:
         if not conf["rank"].isdigit():
@@ -378,11 +399,29 @@ def _meeting(o: dict[str, Any], nodes: int) -> Meeting:
         is_host = conf["is_host"].lower() in ("1", "true", "t", "yes", "y")
     elif backend == "static":
         is_host = rank == 0
+    timeout = _seconds(conf.get("join_timeout", conf.get("timeout", "600")))
+    return Meeting(endpoint, rank, o["rdzv_id"] or "none", is_host, timeout)
+
+
+def _rdzv_conf(o: Mapping[str, Any]) -> dict[str, str]:
+    conf: dict[str, str] = {}
+    for text in o["rdzv_conf"]:
+        for item in filter(None, text.split(",")):
+            key, equals, value = item.partition("=")
+            if not equals:
+                raise UsageError(f"--rdzv-conf {item!r}: give key=value pairs")
+            conf[key.strip()] = value.strip()
+    known = {"is_host", "timeout", "join_timeout", "read_timeout", "last_call_timeout", "close_timeout", "rank"}
+    if unknown := sorted(conf.keys() - known):
+        raise UsageError(f"--rdzv-conf {', '.join(unknown)}: not supported; known are {', '.join(sorted(known))}")
+    return conf
+
+
+def _seconds(text: str) -> float:
     try:
-        timeout = float(conf.get("join_timeout", conf.get("timeout", "600")))
+        return float(text)
     except ValueError as error:
         raise UsageError(f"--rdzv-conf: {error}; give seconds") from error
-    return Meeting(endpoint, rank, o["rdzv_id"] or "none", is_host, timeout)
 
 
 def _procs(o: dict[str, Any], where: _Where) -> tuple[int, Any]:

@@ -158,8 +158,11 @@ class Ssh:
 class LaunchSpec:
     """One launch, checked on construction.
 
-    nodes: how many agents; procs: ranks per node; device: what `procs` counts ("gpu": one GPU each, "cpu": GPUs are
-    hidden from the ranks, "any": the environment is left alone, torchrun's `--nproc-per-node N`).
+    nodes: how many make an attempt, at most; least: how many do so if there are no more (None: all); spares: how many
+    more stand by, to take the place of one that is lost; last_call_s: how long nodes are waited for once the least are
+    there, and others that have come before a run is interrupted for them. procs: ranks per node; device: what `procs`
+    counts ("gpu": one GPU each, "cpu": GPUs are hidden from the ranks, "any": the environment is left alone, torchrun's
+    `--nproc-per-node N`).
     grace_s: seconds from SIGTERM to SIGKILL after a stop request (None: until the scheduler's deadline, 30 where there
     is none). hang_timeout_s: seconds without a step after which ranks count as hung (None: learned; 0: never).
     """
@@ -167,6 +170,9 @@ class LaunchSpec:
     program: Program
     cwd: str
     nodes: int = 1
+    least: int | None = None
+    spares: int = 0
+    last_call_s: float = 5.0
     procs: int = 1
     device: Literal["gpu", "cpu", "any"] = "any"
     max_restarts: int = 0
@@ -186,10 +192,14 @@ class LaunchSpec:
     environment: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, least in (("nodes", 1), ("procs", 1), ("max_restarts", 0)):
+        for name, least in (("nodes", 1), ("procs", 1), ("max_restarts", 0), ("spares", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise UsageError(f"{name.replace('_', '-')} is {value!r}; it must be a whole number >= {least}")
+        if self.least is not None and not 1 <= self.least <= self.nodes:
+            raise UsageError(f"nodes is {self.least}:{self.nodes}; give MIN:MAX with 1 <= MIN <= MAX")
+        if not self.last_call_s >= 0:
+            raise UsageError(f"last_call_timeout is {self.last_call_s!r}; it must be a number of seconds >= 0")
         if self.grace_s is not None and not self.grace_s >= 0:
             raise UsageError(f"--grace is {self.grace_s!r}; it must be a number of seconds >= 0")
         if self.hang_timeout_s is not None and not self.hang_timeout_s >= 0:
@@ -200,8 +210,8 @@ class LaunchSpec:
         for name in self.stop_signals:
             if name not in signal.Signals.__members__ or name in ("SIGKILL", "SIGSTOP"):
                 raise UsageError(f"--signals-to-handle: {name!r} is no signal that can be handled")
-        if self.ssh is not None and not self.nodes == len(self.ssh.hosts) == len(self.ssh.slots):
-            raise UsageError(f"{self.nodes} nodes on {len(self.ssh.hosts)} hosts with {len(self.ssh.slots)} slots")
+        if self.ssh is not None and not self.places == len(self.ssh.hosts) == len(self.ssh.slots):
+            raise UsageError(f"{self.places} nodes on {len(self.ssh.hosts)} hosts with {len(self.ssh.slots)} slots")
         if not Path(self.cwd).is_absolute():
             raise UsageError(f"the working directory {self.cwd!r} is not absolute")
 
@@ -224,13 +234,24 @@ class LaunchSpec:
         return self.cwd if self.code is None else self.code.moved(self.cwd)
 
     @property
+    def places(self) -> int:
+        """How many nodes can be there at once, spares among them."""
+        return self.nodes + self.spares
+
+    @property
+    def elastic(self) -> bool:
+        """Whether the run goes on without a node that is lost."""
+        return self.places > (self.nodes if self.least is None else self.least)
+
+    @property
     def slots(self) -> tuple[int, ...]:
-        """Ranks on each node."""
-        return (self.procs,) * self.nodes if self.ssh is None else self.ssh.slots
+        """Ranks on each node, spares among them."""
+        return (self.procs,) * self.places if self.ssh is None else self.ssh.slots
 
     @property
     def world_size(self) -> int:
-        return sum(self.slots)
+        """Ranks of an attempt, at most."""
+        return sum(self.slots[: self.nodes])
 
     @property
     def grace(self) -> float:
@@ -275,4 +296,4 @@ class LaunchSpec:
 
 def keeps_terminal(spec: LaunchSpec) -> bool:
     """One rank on a terminal keeps it: no new session, no pipes, so that breakpoint() and Ctrl-C are the program's."""
-    return spec.world_size == 1 and spec.ssh is None and all(os.isatty(fd) for fd in (0, 1, 2))
+    return spec.places == spec.procs == 1 and spec.ssh is None and all(os.isatty(fd) for fd in (0, 1, 2))

@@ -17,27 +17,28 @@ import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from launcher.channel import Channel, Message, address_towards, is_loopback, keep_alive
+from launcher import record
+from launcher.addresses import Addresses
+from launcher.channel import Channel, Message, keep_alive
 from launcher.errors import ClusterError, LaunchError, MeetingError, UsageError
-from launcher.failure import RankExit, render, signal_name
+from launcher.failure import RankExit, signal_name
 from launcher.fleet import Roll
 from launcher.gang import Action, Gang, Outcome, Phase
 from launcher.logs import Relay
 from launcher.processes import end_descendants, kill_tree, start_ticks
 from launcher.progress import Progress
-from launcher.runs import write_json
 from launcher.scheduling import StopWatch
 from launcher.stacks import SIGNAL, Census
 from launcher.starting import spawn_agent, stop_signals
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from launcher.fleet import Fleet
     from launcher.runs import RunFolder
     from launcher.scheduling import Scheduler, Word
 
-__all__ = ["Supervisor", "report"]
+__all__ = ["Supervisor"]
 
 # From the moment at which a node's ranks are to be dead to the one at which it is given up: its agent is stopped, or a
 # rank sleeps in the kernel and cannot be killed.
@@ -91,13 +92,15 @@ class Supervisor:
             first_attempt=int(state.get("attempt", -1)) + 1,
             max_restarts=spec.max_restarts,
             grace_s=spec.grace,
+            least=spec.least or spec.nodes,
+            most=spec.nodes,
             master_port=spec.master_port,
             together=scheduler is not None,
             restarts=restarts,
             failure=failure,
         )
         self._host_of: dict[int, str] = {}
-        self._addresses: dict[int, str | None] = {}  # of the hosts of a fleet
+        self._addresses = Addresses(spec.local_addr)
         self.unreachable: set[str] = set()  # hosts that fell silent
         self._scheduler = scheduler
         self._step: subprocess.Popen[bytes] | None = None  # the scheduler's way to the agents
@@ -118,9 +121,11 @@ class Supervisor:
         self._where = where
         self._selector = selectors.DefaultSelector()
         self._agents: list[_Agent] = []
+        self._agent_of: dict[int, _Agent] = {}  # by node
         self._spawned: set[int] = set()  # nodes whose agents are ours to start again
         self._signals: list[int] = []
         self._meet_by = time.monotonic() + join_timeout_s
+        self._call_by: float | None = None  # when a last call is over
         self._progress: Progress | None = None  # of this attempt's ranks that have ended
         self._live: Progress | None = None  # of its rank 0, a moment ago
         self._ran = False  # some attempt has begun, so agents have consoles to write out
@@ -158,7 +163,7 @@ class Supervisor:
             if self._ran:
                 self._await_agents()
             assert self.gang.outcome is not None
-            self._record_outcome(self.gang.outcome)
+            record.run_over(self.run, self.gang, self.gang.outcome, self.progress)
             return self.gang.outcome
         finally:
             self._put_down()
@@ -181,7 +186,7 @@ class Supervisor:
         outcome = self.gang.outcome
         if outcome is None or outcome.status != "failed" or outcome.root is not None:
             return {}
-        return {self._host_of.get(i, f"node {i}"): n.gone for i, n in enumerate(self.gang.nodes) if n.gone is not None}
+        return {self._host_of.get(i, f"node {i}"): how for i, how in self.gang.gone.items()}
 
     def _rouse(self) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -230,12 +235,14 @@ class Supervisor:
             self._give_up_the_silent()
         if self._roll is not None:
             self._call_the(self._roll)
-        if self.gang.phase is Phase.MEETING and time.monotonic() >= self._meet_by:
+        self._call()
+        if self.gang.phase is Phase.MEETING and not self.gang.calling and time.monotonic() >= self._meet_by:
             # An agent of our own is only slow: it has the machine's load to thank for that, not a missing node.
             missing = [i for i in self.gang.missing if i not in self._local] or self.gang.missing
             raise MeetingError(
                 f"node{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))} of "
                 f"{len(self.gang.nodes)} did not come within {self._join_timeout_s:g} s"
+                + (f", and {self.gang.least} are needed" if self.run.spec.elastic else "")
                 + (f"; awaited at {self._where}" if self._where else "")
                 + (f"; {self._roll.story(missing)}" if self._roll is not None else "")
             )
@@ -243,7 +250,9 @@ class Supervisor:
     def _until_next(self) -> float | None:
         """Seconds until something is due that no event announces."""
         due = []
-        if self.gang.phase is Phase.MEETING:
+        if self._call_by is not None:
+            due.append(self._call_by - time.monotonic())
+        elif self.gang.phase is Phase.MEETING:
             due.append(self._meet_by - time.monotonic())
         if self._watch is not None and (wait_s := self._watch.wait_s()) is not None:
             due.append(wait_s)
@@ -255,6 +264,17 @@ class Supervisor:
             due.append(self._roll.wait_s())
         # epoll counts milliseconds in 32 bits, and a job without a time limit may end in a year.
         return min(max(0.0, min(due)), 3600.0) if due else None
+
+    def _call(self) -> None:
+        """Let a last call begin or end."""
+        now = time.monotonic()
+        if not self.gang.calling:
+            self._call_by = None
+        elif self._call_by is None:
+            self._call_by = now + self.run.spec.last_call_s
+        elif now >= self._call_by:
+            self._call_by = None
+            self._do(self.gang.call_over())
 
     def _stop(self, cause: str, grace_s: float | None = None) -> None:
         if self._watch is not None:
@@ -314,7 +334,7 @@ class Supervisor:
             return
         if self._census is None:
             name = f"attempt-{self.gang.attempt}-{time.strftime('%H%M%S')}"
-            self._census = Census(name, {i for i, n in enumerate(self.gang.nodes) if n.here and not n.drained})
+            self._census = Census(name, set(self.gang.busy))
             for node in self._census.awaited:
                 self._send(node, {"stacks": name})
         self._census.hang = self._census.hang or hang
@@ -343,9 +363,10 @@ class Supervisor:
         self._selector.register(link, selectors.EVENT_READ, agent)
 
     def _call_the(self, roll: Roll) -> None:
-        if self.gang.phase is Phase.MEETING:
+        if self.gang.phase is Phase.MEETING or self.run.spec.elastic:
             for node in roll.due():
                 self._spawn(node)
+        if self.gang.phase is Phase.MEETING and not self.gang.calling:
             roll.check(self.gang.missing)
         if roll.beat():
             for agent in self._agents:
@@ -423,10 +444,11 @@ class Supervisor:
             )
             return
         # The node whose agent is started right here has its place even before that agent has said hello.
-        if self.gang.nodes[index].here or (agent.process is None and index in self._local):
+        if index in self.gang.here or (agent.process is None and index in self._local):
             self._refuse(agent, f"node rank {index} is taken by another node; give each its own --node-rank")
             return
         agent.index, agent.joined, agent.host = index, True, str(hello["host"])
+        self._agent_of[index] = agent
         self._host_of[index] = agent.host
         if agent.process is not None:
             self._spawned.add(index)
@@ -447,14 +469,13 @@ class Supervisor:
             }
         )
         procs = hello["procs"] if isinstance(hello["procs"], int) else slots
-        if self._roll is not None:
-            self._agree_on_address(index, hello["address"])
-        if agent.process is None and self._spawned and self._roll is None:
-            for own in self._agents:
-                # It came before anybody had reached this host.
-                if own.process is not None and own.joined and own.index is not None:
-                    self.gang.nodes[own.index].address = self._address_of(own, {})
-        self._do(self.gang.node_here(index, procs, self._address_of(agent, hello)))
+        self._locate(agent, index, hello["address"])
+        self._do(self.gang.node_here(index, procs, self._addresses.of(index), agent.host))
+        if self.gang.phase in (Phase.RUNNING, Phase.STOPPING):
+            self.run.event("node-here", node=index, host=agent.host)
+            self.run.set_state(spares=self._hosts(self.gang.standing_by))
+            if self.gang.calling:
+                self._say(f"node {index} ({agent.host}) is here: it is taken in in {self.run.spec.last_call_s:g} s")
 
     def _orphan_grace_s(self) -> float:
         """How long the ranks have to leave when this process is gone."""
@@ -463,31 +484,16 @@ class Supervisor:
         # On other machines the way here may be what is gone: that is no reason to lose what was trained.
         return self.run.spec.grace if self._roll is not None else 1.0
 
-    def _address_of(self, agent: _Agent, hello: dict[str, Any]) -> str | None:
-        """Where the other nodes reach this one."""
-        if self._roll is not None and agent.index is not None:
-            return self._addresses[agent.index]
-        if self.run.spec.local_addr is not None and agent.process is not None:
-            return self.run.spec.local_addr
-        if agent.process is None:
-            return str(hello["address"])
-        return self._reached_at()
-
-    def _reached_at(self) -> str | None:
-        """Where agents that others have started reached this host; not its loopback, if any of them came from afar."""
-        found = [str(a.link.sock.getsockname()[0]) for a in self._agents if a.process is None and a.joined]
-        return next((address for address in found if not is_loopback(address)), found[0] if found else None)
-
-    def _agree_on_address(self, index: int, told: str | None) -> None:
-        """Where a host of the fleet says that ssh reached it, the others reach it too, unless that is its loopback:
-        then it is this very host, and has another address on the way to them.
-        """
-        first = self.run.spec.local_addr if index == 0 else None
-        self._addresses[index] = first or told
-        others = [a for i, a in self._addresses.items() if i != 0 and a is not None and not is_loopback(a)]
-        own = self._addresses.get(0)
-        if others and own is not None and is_loopback(own):
-            self._addresses[0] = self.gang.nodes[0].address = address_towards(others[0])
+    def _locate(self, agent: _Agent, index: int, told: str | None) -> None:
+        """Learn where the others reach a node."""
+        if self._roll is not None:
+            self._addresses.by_ssh(index, told)
+        elif agent.process is not None:
+            self._addresses.spawned_here(index)
+        else:
+            self._addresses.connected(index, str(told), str(agent.link.sock.getsockname()[0]))
+        for node, address in self._addresses.of_all_here().items():
+            self.gang.nodes[node].address = address  # it may have come before anybody had reached this host
 
     def _refuse(self, agent: _Agent, why: str) -> None:
         with contextlib.suppress(ConnectionError):
@@ -497,7 +503,7 @@ class Supervisor:
 
     def _give_up_the_silent(self) -> None:
         for agent in list(self._agents):
-            if agent.index is not None and not self.gang.nodes[agent.index].drained:
+            if agent.index in self.gang.busy:
                 agent.why = f"it has not brought its ranks down {_PATIENCE_S:g} s after it should have"
                 if agent.process is not None:
                     kill_tree(agent.process.pid)
@@ -508,6 +514,8 @@ class Supervisor:
             self._selector.unregister(agent.link)
         agent.link.close()
         self._agents.remove(agent)
+        if agent.index is not None and self._agent_of.get(agent.index) is agent:
+            del self._agent_of[agent.index]
 
     def _lost(self, agent: _Agent) -> None:
         self._drop(agent)
@@ -517,6 +525,7 @@ class Supervisor:
             how = self._roll.fleet.why(agent.node, code)
             if agent.index is None:
                 self._roll.stayed_away(agent.node, code, hopeless=None if agent.hopeless is None else agent.why)
+                self._do(self.gang.node_absent(agent.node))
                 return
         elif agent.process is not None:
             code = agent.process.wait()
@@ -547,12 +556,13 @@ class Supervisor:
                     grace_s = action.message.get("stop", {}).get("grace_s", 0.0)
                     self._quiet_by = time.monotonic() + grace_s + _PATIENCE_S
             elif action.kind == "started":
-                self._ran = True
-                self.run.set_state(attempt=self.gang.attempt, progress=None)
-                self._progress = self._live = None
-                self.run.event("attempt", attempt=self.gang.attempt, hosts=self._hosts(), **action.message)
-            elif action.kind == "restarting":
-                self._restarting(action)
+                self._started(action.message["world_size"])
+            elif action.kind == "joining":
+                self._joining(**action.message)
+            elif action.kind == "again":
+                self._again(action)
+            elif action.kind == "lost":
+                self._node_lost(action.node, action.message["how"])
             elif action.kind == "respawn":
                 self._meet_by = time.monotonic() + self._join_timeout_s
                 if self._step is not None:
@@ -584,23 +594,42 @@ class Supervisor:
             self._step.wait()
 
     def _send(self, node: int, message: Message) -> None:
-        for agent in self._agents:
-            if agent.index == node:
-                with contextlib.suppress(ConnectionError):  # its end is on the way, as the end of the connection
-                    agent.link.send(message)
+        if (agent := self._agent_of.get(node)) is not None:
+            with contextlib.suppress(ConnectionError):  # its end is on the way, as the end of the connection
+                agent.link.send(message)
 
-    def _restarting(self, action: Action) -> None:
-        assert action.outcome is not None
-        cause, restart = action.message["cause"], action.message["restart"]
-        self.run.event(
-            "attempt-failed",
-            attempt=self.gang.attempt - 1,
-            cause=cause,
-            exits=action.message["exits"],
-            progress=self._progress_json(),
+    def _started(self, world_size: int) -> None:
+        gang = self.gang
+        self._ran = True
+        self._progress = self._live = None
+        record.attempt_begins(
+            self.run, gang.attempt, world_size, self._hosts(gang.members), self._hosts(gang.standing_by)
         )
-        self._record_failure(action.outcome)
-        self._say(f"{cause}; restarting ({restart} of {self.run.spec.max_restarts})")
+        if gang.missing and self._roll is not None:
+            self._roll.go_on_without(gang.missing)
+        if self.run.spec.elastic:
+            waits = f"; standing by: {', '.join(self._hosts(gang.standing_by))}" if gang.standing_by else ""
+            self._say(f"attempt {gang.attempt}: {world_size} rank(s) on {', '.join(self._hosts(gang.members))}{waits}")
+
+    def _again(self, action: Action) -> None:
+        """An attempt is over, and another one comes."""
+        said = action.message
+        record.attempt_over(self.run, self.gang.attempt - 1, said, action.outcome, self.progress)
+        if said["restart"] is not None:
+            self._say(f"{said['cause']}; restarting ({said['restart']} of {self.run.spec.max_restarts})")
+        elif action.outcome is not None:
+            self._say(f"{said['cause']}; going on with {len(self.gang.here)} node(s)")
+
+    def _joining(self, cause: str, grace_s: float) -> None:
+        self.run.write_stop(self.gang.attempt, cause, time.time() + grace_s)
+        self.run.event("stop", cause=cause, attempt=self.gang.attempt, grace_s=round(grace_s, 3))
+        self._say(f"{cause}: asking the ranks to save and leave, to go on with {len(self.gang.here)} nodes")
+
+    def _node_lost(self, index: int, how: str) -> None:
+        """One that nothing runs on."""
+        self.run.event("node-lost", node=index, host=self._host_of.get(index, ""), how=how)
+        self._say(f"node {index}: {how}; it is not needed")
+        self.run.set_state(spares=self._hosts(self.gang.standing_by))
 
     # -------------------------------------------------------------------------------------------- the end
 
@@ -620,41 +649,8 @@ class Supervisor:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._step.wait(max(0.01, deadline - time.monotonic()))
 
-    def _hosts(self) -> list[str]:
-        """The hosts of this attempt, in the order of their nodes."""
-        return [self._host_of.get(i, "") for i in range(len(self.gang.nodes))]
-
-    def _progress_json(self) -> dict[str, Any] | None:
-        return None if self.progress is None else self.progress.to_json()
-
-    def _record_failure(self, outcome: Outcome) -> None:
-        root = outcome.root
-        write_json(
-            self.run.path / "failure.json",
-            {
-                "cause": outcome.cause,
-                "attempt": self.gang.attempt - (0 if self.gang.phase is Phase.ENDED else 1),
-                "time": time.time(),
-                "exit_code": outcome.code if root is None else root.exit_code,
-                "first": None if root is None else root.exit.to_json(),
-                "left_early": root is not None and root.left_early,
-                "followers": [] if root is None else list(root.followers),
-            },
-        )
-
-    def _record_outcome(self, outcome: Outcome) -> None:
-        if outcome.status == "failed":
-            self._record_failure(outcome)
-        self.run.event(
-            "end",
-            status=outcome.status,
-            code=outcome.code,
-            cause=outcome.cause,
-            attempt=self.gang.attempt,
-            exits=self.gang.exit_codes(),
-            progress=self._progress_json(),
-        )
-        self.run.set_state(status=outcome.status, exit_code=outcome.code, cause=outcome.cause)
+    def _hosts(self, nodes: Iterable[int]) -> list[str]:
+        return [self._host_of.get(i, "") for i in nodes]
 
     def _put_down(self) -> None:
         """Nothing that was started here is left, however this ends."""
@@ -678,10 +674,3 @@ def _end_of(process: subprocess.Popen[bytes], timeout_s: float = 4.0) -> int:
     except subprocess.TimeoutExpired:
         process.kill()
         return process.wait()
-
-
-def report(outcome: Outcome, run: RunFolder) -> str:
-    """The last words on the screen after a failure."""
-    if outcome.root is not None:
-        return render(outcome.root, run.spec.world_size)
-    return f"{outcome.cause}\n\nlogs: {run.path / 'logs'}"

@@ -21,4 +21,4 @@ def run(folder: RunFolder, say: Callable[[str], None]) -> Outcome:
     """Run all nodes here. To be called in a process of its own: at the end everything below the process is killed."""
     become_subreaper()
     spec = folder.spec
-    return Supervisor(folder, local=tuple(range(spec.nodes)), say=say, own_session=not keeps_terminal(spec)).work()
+    return Supervisor(folder, local=tuple(range(spec.places)), say=say, own_session=not keeps_terminal(spec)).work()

@@ -28,9 +28,10 @@ from launcher.backends.slurm_tools import AwayError, ask
 from launcher.errors import ClusterError, LaunchError, MeetingError
 from launcher.gang import Outcome
 from launcher.processes import become_subreaper
+from launcher.record import report
 from launcher.runs import RunFolder
 from launcher.starting import agent_command, python_command
-from launcher.supervisor import Supervisor, report
+from launcher.supervisor import Supervisor
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

@@ -200,7 +200,7 @@ def run(folder: RunFolder, say: Callable[[str], None]) -> Outcome:
     with tempfile.TemporaryDirectory(prefix="launch-", dir="/tmp") as sockets:
         machines = Machines(spec, folder.path / "ssh", Path(sockets))
         apart = _bring(machines, folder, say) if spec.ssh.sync else []
-        supervisor = Supervisor(folder, local=tuple(range(spec.nodes)), say=say, fleet=machines)
+        supervisor = Supervisor(folder, local=tuple(range(spec.places)), say=say, fleet=machines)
         try:
             return supervisor.work()
         finally:

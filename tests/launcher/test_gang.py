@@ -18,7 +18,8 @@ def brief(actions) -> list[str]:
     return [
         f"send {a.node} {next(iter(a.message))}" if a.kind == "send"
         else f"end {a.outcome.status} {a.outcome.code}" if a.kind == "end"
-        else f"respawn {a.node}" if a.kind == "respawn" else a.kind
+        else f"{a.kind} {a.node}" if a.kind in ("respawn", "lost")
+        else "restarting" if a.kind == "again" and a.message["restart"] is not None else a.kind
         for a in actions
     ]  # fmt: skip
 

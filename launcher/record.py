@@ -1,0 +1,79 @@
+"""What a run's attempts were and how they ended, written into its folder; the last words on a failure."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from launcher.failure import render
+from launcher.runs import write_json
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from launcher.gang import Gang, Outcome
+    from launcher.progress import Progress
+    from launcher.runs import RunFolder
+
+__all__ = ["attempt_begins", "attempt_over", "report", "run_over"]
+
+
+def attempt_begins(run: RunFolder, attempt: int, world_size: int, hosts: Sequence[str], spares: Sequence[str]) -> None:
+    """hosts: in the order of the ranks; spares: those that stand by."""
+    run.set_state(attempt=attempt, progress=None, spares=list(spares))
+    more = {"spares": list(spares)} if spares else {}
+    run.event("attempt", attempt=attempt, hosts=list(hosts), world_size=world_size, **more)
+
+
+def attempt_over(
+    run: RunFolder, attempt: int, said: dict[str, Any], outcome: Outcome | None, progress: Progress | None
+) -> None:
+    """Another attempt follows. said: the gang's word on it; outcome: None if nothing failed."""
+    run.event(
+        "attempt-failed" if outcome is not None else "attempt-left",
+        attempt=attempt,
+        status=said["status"],
+        cause=said["cause"],
+        exits=said["exits"],
+        progress=None if progress is None else progress.to_json(),
+    )
+    if outcome is not None:
+        _failure(run, attempt, outcome)
+
+
+def run_over(run: RunFolder, gang: Gang, outcome: Outcome, progress: Progress | None) -> None:
+    if outcome.status == "failed":
+        _failure(run, gang.attempt, outcome)
+    run.event(
+        "end",
+        status=outcome.status,
+        code=outcome.code,
+        cause=outcome.cause,
+        attempt=gang.attempt,
+        exits=gang.exit_codes(),
+        progress=None if progress is None else progress.to_json(),
+    )
+    run.set_state(status=outcome.status, exit_code=outcome.code, cause=outcome.cause, spares=[])
+
+
+def _failure(run: RunFolder, attempt: int, outcome: Outcome) -> None:
+    root = outcome.root
+    write_json(
+        run.path / "failure.json",
+        {
+            "cause": outcome.cause,
+            "attempt": attempt,
+            "time": time.time(),
+            "exit_code": outcome.code if root is None else root.exit_code,
+            "first": None if root is None else root.exit.to_json(),
+            "left_early": root is not None and root.left_early,
+            "followers": [] if root is None else list(root.followers),
+        },
+    )
+
+
+def report(outcome: Outcome, run: RunFolder) -> str:
+    """The last words on the screen after a failure."""
+    if outcome.root is not None:
+        return render(outcome.root, run.spec.world_size)
+    return f"{outcome.cause}\n\nlogs: {run.path / 'logs'}"
