@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from launcher.progress import Progress
@@ -27,6 +27,7 @@ class Attempt:
     status: running (or its end is not recorded), finished, stopped, failed, lost (its end is not recorded, and another
     one followed); code: what launch would exit with.
     lost_steps: steps that had to be, or will have to be, made again; None where the program does not tell its steps.
+    slow: of the ranks that held up the others and did not catch up again, what was said of each.
     """
 
     number: int
@@ -40,6 +41,7 @@ class Attempt:
     code: int | None = None
     progress: Progress | None = None
     lost_steps: int | None = None
+    slow: dict[int, str] = field(default_factory=dict)
 
     @property
     def ran_s(self) -> float | None:
@@ -63,6 +65,7 @@ class Attempt:
             "last_step": None if step is None else step.step,
             "saved_step": None if step is None else step.saved,
             "lost_steps": self.lost_steps,
+            "slow": list(self.slow.values()),
         }
 
 
@@ -139,7 +142,10 @@ def read(folder: Path) -> History:
                 )
             )
             ready = None
-        elif what in ("attempt-failed", "end") and attempts and attempts[-1].number == number:
+        elif what == "slow" and attempts and attempts[-1].number == number:
+            slow = {rank: told for rank, told in attempts[-1].slow.items() if rank != event["rank"]}
+            attempts[-1] = replace(attempts[-1], slow=slow if event["over"] else slow | {event["rank"]: event["told"]})
+        elif what in ("attempt-failed", "attempt-left", "end") and attempts and attempts[-1].number == number:
             attempts[-1] = replace(
                 attempts[-1],
                 ended=at,
@@ -148,7 +154,7 @@ def read(folder: Path) -> History:
                 code=event.get("code"),
                 progress=_progress(event),
             )
-            ready = at if what == "attempt-failed" else None
+            ready = None if what == "end" else at
         elif what == "job-end" and len(attempts) > before:
             attempts[-1] = replace(attempts[-1], cause=_settled(attempts[-1].cause, event.get("cause")))
     return History(tuple(_with_losses(attempts)))

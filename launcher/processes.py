@@ -17,6 +17,7 @@ __all__ = [
     "end_descendants",
     "kill_tree",
     "outlive_parent",
+    "schedule_of",
     "start_ticks",
     "threads_of",
 ]
@@ -66,6 +67,16 @@ def start_ticks(pid: int) -> int | None:
             return int(file.read().rpartition(b")")[2].split()[19])
     except (OSError, IndexError):
         return None
+
+
+def schedule_of(pid: int) -> tuple[float, float] | None:
+    """Seconds that a process's main thread was on a processor, and was ready to run but had none; None if not known."""
+    try:
+        with open(f"/proc/{pid}/schedstat") as file:
+            ran, waited, _ = file.read().split()
+    except (OSError, ValueError):
+        return None
+    return int(ran) / 1e9, int(waited) / 1e9
 
 
 def children_of(pid: int) -> list[int]:

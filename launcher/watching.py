@@ -9,10 +9,16 @@ from __future__ import annotations
 import mmap
 import os
 import time
+from typing import TYPE_CHECKING
 
 from launcher.hangs import Patience
+from launcher.pace import Meter
+from launcher.processes import schedule_of
 from launcher.progress import PAGE, Beat, Progress
 from launcher.stacks import Group, kernels_word, where
+
+if TYPE_CHECKING:
+    from launcher.pace import Pace
 
 __all__ = ["RankView"]
 
@@ -25,6 +31,7 @@ class RankView:
     def __init__(self, rank: int, hang_timeout_s: float | None) -> None:
         self.rank = rank
         self._patience = Patience(hang_timeout_s, time.monotonic())
+        self._meter = Meter(rank)
         self._printed: float | None = None
         self._stacks = os.memfd_create(f"launch-stacks-{rank}", os.MFD_CLOEXEC)
         self._page = os.memfd_create(f"launch-progress-{rank}", os.MFD_CLOEXEC)
@@ -54,6 +61,10 @@ class RankView:
         beat = Beat.of_page(self._map)
         quiet = self._patience.look(time.monotonic(), beat, self._printed)
         return None if quiet is None else (quiet, beat is not None)
+
+    def pace(self, pid: int, now: float) -> Pace | None:
+        """How long its steps took since this was last answered; None: it does not tell, or they were too few."""
+        return self._meter.look(Beat.of_page(self._map), now, schedule_of(pid))
 
     def forget_stacks(self) -> None:
         """It is about to be asked again."""

@@ -70,6 +70,8 @@ def _text(s: Standing) -> list[str]:
     )
     if s.elements:
         return [*text, *_facts(facts), "", *rows(s.elements, width())]
+    if spares := (read_json(s.folder / "state.json") or {}).get("spares"):
+        facts["spares"] = f"{', '.join(spares)} standing by"
     if avoided := _avoided(s):
         facts["avoids"] = "; ".join(f"{host} ({why})" for host, why in avoided.items())
     past = _past(s)
@@ -102,6 +104,8 @@ def _avoided(s: Standing) -> dict[str, str]:
 
 def _ranks(s: Standing) -> str:
     nodes = f"{s.nodes} node{'s' if s.nodes != 1 else ''}"
+    if (least := (read_json(s.folder / "run.json") or {}).get("spec", {}).get("least")) is not None:
+        nodes += f", or as few as {least}"
     each = f", in each of {len(s.elements)} elements" if s.elements else ""
     return f"{s.nodes * s.procs} on {nodes}{each}"
 
@@ -123,8 +127,9 @@ def _attempts(past: History, columns: int) -> list[str]:
     text = table[:1]
     for line, attempt in zip(table[1:], past.attempts, strict=True):
         text.append(line)
-        if attempt.cause and attempt.status != "finished":
-            text += textwrap.wrap(attempt.cause, columns, initial_indent=" " * 9, subsequent_indent=" " * 9)
+        told = [attempt.cause] if attempt.cause and attempt.status != "finished" else []
+        for why in (*told, *attempt.slow.values()):
+            text += textwrap.wrap(why, columns, initial_indent=" " * 9, subsequent_indent=" " * 9)
     return text
 
 
