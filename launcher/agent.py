@@ -28,6 +28,7 @@ from launcher.errors import LaunchError, UsageError
 from launcher.failure import RankExit, read_error_file, signal_name
 from launcher.hangs import EVERY_S
 from launcher.logs import Console, Forwarded, RankLog, prefix_for
+from launcher.pace import every_s, summary
 from launcher.processes import become_subreaper, die_with_parent, end_descendants, outlive_parent, threads_of
 from launcher.spec import LaunchSpec, keeps_terminal
 from launcher.stacks import SIGNAL, merged
@@ -228,6 +229,7 @@ class Node:
         self._logs: dict[int, RankLog] = {}
         self._views: dict[int, RankView] = {}
         self._look_at = 0.0
+        self._pace_at = 0.0
         self._asked_for: str | None = None  # stacks, under this name
         self._collect_at = 0.0
         self._places: dict[int, Place] = {}
@@ -388,6 +390,7 @@ class Node:
         if time.monotonic() >= self._look_at:
             self._look_at = time.monotonic() + EVERY_S
             self._look_for_hangs()
+            self._tell_pace()
         if self._asked_for is not None and time.monotonic() >= self._collect_at:
             self._collect_stacks(self._asked_for)
         if self._forwarded is not None and not self.link.closed and time.monotonic() - self._heard > _SILENT_S:
@@ -441,6 +444,16 @@ class Node:
             if local in self._pids and self._asked_ns is None and (stalled := view.stalled()) is not None:
                 seconds, tells = stalled
                 self._report({"stalled": {"rank": view.rank, "seconds": seconds, "tells": tells}})
+
+    def _tell_pace(self) -> None:
+        """How fast the ranks are of themselves; a rank alone has nobody to be slower than."""
+        now, world = time.monotonic(), self._world
+        if world is None or world.size == 1 or now < self._pace_at:
+            return
+        self._pace_at = now + every_s(len(world.slots)) - EVERY_S / 2
+        paces = [self._views[local].pace(pid, now) for local, pid in self._pids.items()]
+        if found := [pace for pace in paces if pace is not None]:
+            self._report({"pace": summary(found), "attempt": world.attempt})
 
     def _ask_for_stacks(self, name: str) -> None:
         if self._asked_for is None:

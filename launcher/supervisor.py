@@ -25,6 +25,7 @@ from launcher.failure import RankExit, signal_name
 from launcher.fleet import Roll
 from launcher.gang import Action, Gang, Outcome, Phase
 from launcher.logs import Relay
+from launcher.pace import Paces
 from launcher.processes import end_descendants, kill_tree, start_ticks
 from launcher.progress import Progress
 from launcher.scheduling import StopWatch
@@ -106,6 +107,7 @@ class Supervisor:
         self._step: subprocess.Popen[bytes] | None = None  # the scheduler's way to the agents
         self._watch = None if scheduler is None else StopWatch(scheduler, spec)
         self._census: Census | None = None  # of stacks, while nodes still answer
+        self._paces: Paces | None = None
         self._roll = None if fleet is None else Roll(fleet)
         self._relay = Relay(on_drained=self._rouse)
         self._wake_read = self._wake = -1
@@ -321,6 +323,16 @@ class Supervisor:
             self._shown = time.monotonic()
             self.run.set_state(progress=progress.to_json())
 
+    def _compare(self, agent: _Agent, pace: dict[str, Any], attempt: int) -> None:
+        """A node tells how fast its ranks are: name those that hold up the others."""
+        if self.gang.phase is not Phase.RUNNING or attempt != self.gang.attempt or agent.index is None:
+            return
+        if self._paces is None or self._paces.attempt != attempt:
+            self._paces = Paces(attempt, len(self.gang.nodes))
+        for slow in self._paces.told(agent.index, agent.host, pace, time.monotonic()):
+            self.run.event("slow", attempt=attempt, **slow.to_json())
+            self._say(str(slow))
+
     # -------------------------------------------------------------------------------------------- stacks
 
     def _stalled(self, rank: int, seconds: float, *, tells: bool) -> None:
@@ -420,6 +432,8 @@ class Supervisor:
             self._relay.take(agent.link, message["console"], message["text"])
         elif "progress" in message:
             self._at_step(Progress(**message["progress"]))
+        elif "pace" in message:
+            self._compare(agent, message["pace"], message["attempt"])
         elif "drained" in message:
             if self._watch is not None:  # the ranks may have died of it
                 self._heed(self._watch.explain(running=self.gang.phase is Phase.RUNNING))
