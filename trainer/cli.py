@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trainer.callbacks import Callback
+from trainer.callbacks.callback import Callback
 from trainer.config import Config
 from trainer.data import DataModule
 from trainer.errors import ConfigError

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from trainer.callbacks import Callback
+from trainer.callbacks.callback import Callback
 from trainer.fingerprint import fingerprint
 from trainer.seed import seed_everything
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from trainer.callbacks import ordered
+from trainer.callbacks.selection import ordered
 from trainer.data import DataModule
 from trainer.errors import ConfigError, DistributedError, ModuleError
 from trainer.feeding import RunData

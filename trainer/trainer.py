@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils._pytree import tree_map
 
-from trainer.callbacks import arrange
+from trainer.callbacks.selection import arrange
 from trainer.config import Config, configured
 from trainer.distributed import connect
 from trainer.errors import ConfigError

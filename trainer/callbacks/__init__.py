@@ -2,23 +2,56 @@
 
 from __future__ import annotations
 
-from trainer.callbacks.accumulation import GradientAccumulationScheduler
-from trainer.callbacks.averaging import EMAWeightAveraging, StochasticWeightAveraging, WeightAveraging
-from trainer.callbacks.callback import Callback
-from trainer.callbacks.checkpoint import Checkpoint, ModelCheckpoint, OnExceptionCheckpoint
-from trainer.callbacks.device_stats import DeviceStatsMonitor
-from trainer.callbacks.early_stopping import EarlyStopping
-from trainer.callbacks.finders import BatchSizeFinder, LearningRateFinder
-from trainer.callbacks.finetuning import BackboneFinetuning, BaseFinetuning
-from trainer.callbacks.lambda_function import LambdaCallback
-from trainer.callbacks.lr_monitor import LearningRateMonitor
-from trainer.callbacks.prediction_writer import BasePredictionWriter
-from trainer.callbacks.progress import ProgressBar, RichProgressBar, RichProgressBarTheme, TQDMProgressBar
-from trainer.callbacks.pruning import ModelPruning
-from trainer.callbacks.selection import arrange, ordered
-from trainer.callbacks.summary import ModelSummary, RichModelSummary
-from trainer.callbacks.throughput import ThroughputMonitor
-from trainer.callbacks.timer import Timer
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trainer.callbacks.accumulation import GradientAccumulationScheduler
+    from trainer.callbacks.averaging import EMAWeightAveraging, StochasticWeightAveraging, WeightAveraging
+    from trainer.callbacks.callback import Callback
+    from trainer.callbacks.checkpoint import Checkpoint, ModelCheckpoint, OnExceptionCheckpoint
+    from trainer.callbacks.device_stats import DeviceStatsMonitor
+    from trainer.callbacks.early_stopping import EarlyStopping
+    from trainer.callbacks.finders import BatchSizeFinder, LearningRateFinder
+    from trainer.callbacks.finetuning import BackboneFinetuning, BaseFinetuning
+    from trainer.callbacks.lambda_function import LambdaCallback
+    from trainer.callbacks.lr_monitor import LearningRateMonitor
+    from trainer.callbacks.prediction_writer import BasePredictionWriter
+    from trainer.callbacks.progress import ProgressBar, RichProgressBar, RichProgressBarTheme, TQDMProgressBar
+    from trainer.callbacks.pruning import ModelPruning
+    from trainer.callbacks.summary import ModelSummary, RichModelSummary
+    from trainer.callbacks.throughput import ThroughputMonitor
+    from trainer.callbacks.timer import Timer
+
+# Where each is. Most runs use a few of them; all together take as long to import as half of the rest.
+_HOME = {
+    "BackboneFinetuning": "finetuning",
+    "BaseFinetuning": "finetuning",
+    "BasePredictionWriter": "prediction_writer",
+    "BatchSizeFinder": "finders",
+    "Callback": "callback",
+    "Checkpoint": "checkpoint",
+    "DeviceStatsMonitor": "device_stats",
+    "EMAWeightAveraging": "averaging",
+    "EarlyStopping": "early_stopping",
+    "GradientAccumulationScheduler": "accumulation",
+    "LambdaCallback": "lambda_function",
+    "LearningRateFinder": "finders",
+    "LearningRateMonitor": "lr_monitor",
+    "ModelCheckpoint": "checkpoint",
+    "ModelPruning": "pruning",
+    "ModelSummary": "summary",
+    "OnExceptionCheckpoint": "checkpoint",
+    "ProgressBar": "progress",
+    "RichModelSummary": "summary",
+    "RichProgressBar": "progress",
+    "RichProgressBarTheme": "progress",
+    "StochasticWeightAveraging": "averaging",
+    "TQDMProgressBar": "progress",
+    "ThroughputMonitor": "throughput",
+    "Timer": "timer",
+    "WeightAveraging": "averaging",
+}
 
 __all__ = [
     "BackboneFinetuning",
@@ -47,6 +80,15 @@ __all__ = [
     "ThroughputMonitor",
     "Timer",
     "WeightAveraging",
-    "arrange",
-    "ordered",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'trainer.callbacks' has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(f"trainer.callbacks.{_HOME[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
