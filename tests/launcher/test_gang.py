@@ -325,3 +325,283 @@ def test_a_failure_of_an_earlier_life_counts() -> None:
     fails(first, "bad sample", step=7, saved=5)
     g = running(gang(max_restarts=9, restarts=1, failure=first.failure))
     assert fails(g, "bad sample", step=7, began=5) == "end failed 1"
+
+
+# ------------------------------------------------------------------------------------- nodes that come and go
+
+
+def come(g: Gang, *nodes: int) -> list[str]:
+    return brief([action for i in nodes for action in g.node_here(i, 1, f"addr{i}", f"host{i}")])
+
+
+def begin(g: Gang) -> tuple[int, ...]:
+    """The store is there: the members of the attempt, each with its place in the world."""
+    assert g.phase is Phase.HOSTING
+    _, *worlds = g.store_ready(g.attempt, "a", 1)
+    assert [w.message["world"]["node"] for w in worlds] == list(range(len(worlds)))
+    assert all(len(w.message["world"]["slots"]) == len(worlds) for w in worlds)
+    assert tuple(w.node for w in worlds) == g.members
+    return g.members
+
+
+def elastic(least: int = 2, most: int = 4, spares: int = 0, come_first: tuple[int, ...] = (), **settings) -> Gang:
+    g = gang(most + spares, least=least, most=most, **settings)
+    come(g, *come_first)
+    if g.calling:
+        g.call_over()
+    return g
+
+
+def leave(g: Gang, code: int = 75) -> list[str]:
+    """All nodes that have ranks bring them down, as they were asked to."""
+    return out(g, *(ended(g.members.index(i), code, asked=True, node=i) for i in sorted(g.busy)))
+
+
+def test_the_least_wait_for_a_last_call_and_all_for_none() -> None:
+    g = gang(4, least=2)
+    assert come(g, 3) == []
+    assert not g.calling
+    assert come(g, 1) == []
+    assert g.calling
+    assert brief(g.call_over()) == ["send 1 host"]
+    assert begin(g) == (1, 3)
+    assert not g.calling
+    g = gang(4, least=2)
+    assert come(g, 3, 2, 1, 0) == ["send 0 host"]
+    assert begin(g) == (0, 1, 2, 3)
+
+
+def test_a_last_call_ends_when_the_others_are_known_not_to_come() -> None:
+    g = gang(4, least=2)
+    come(g, 0, 2)
+    assert g.node_absent(1) == []
+    assert brief(g.node_absent(3)) == ["send 0 host"]
+    assert begin(g) == (0, 2)
+
+
+def test_a_call_that_is_over_starts_nothing_below_the_least() -> None:
+    g = gang(4, least=2)
+    come(g, 0)
+    for absent in (1, 2, 3):
+        assert g.node_absent(absent) == []
+    assert g.call_over() == []
+    assert come(g, 2) == ["send 0 host"]
+
+
+def test_late_nodes_are_taken_in_together_and_for_nothing() -> None:
+    g = elastic(come_first=(1, 2))
+    assert begin(g) == (1, 2)
+    assert come(g, 0) == []
+    assert g.calling
+    assert come(g, 3) == []
+    joining, *told = g.call_over()
+    assert joining.message == {"cause": "nodes joined: host0, host3", "grace_s": 30.0}
+    assert brief(told) == ["send 1 stop", "send 2 stop"]
+    assert g.call_over() == []
+    actions = leave(g)
+    assert actions == ["again", "send 0 host"]
+    assert (g.attempt, g.restarts) == (1, 0)
+    assert begin(g) == (0, 1, 2, 3)
+    assert leave(g, 0) == ["end finished 0"]
+
+
+@pytest.mark.parametrize(("code", "end"), [(-15, "send 0 host"), (143, "send 0 host"), (0, "end finished 0")])
+def test_ranks_that_know_nothing_of_stops_are_started_again_for_a_late_node(code: int, end: str) -> None:
+    g = elastic(come_first=(0, 1))
+    begin(g)
+    come(g, 2)
+    g.call_over()
+    assert leave(g, code)[-1] == end
+
+
+def test_a_rank_that_fails_as_a_node_joins_counts() -> None:
+    g = elastic(come_first=(0, 1))
+    begin(g)
+    come(g, 2)
+    g.call_over()
+    assert out(g, ended(0, 75, asked=True), ended(1, 1, asked=True, says="disk full")) == ["end failed 1"]
+
+
+def test_a_stop_while_a_node_joins_stops() -> None:
+    g = elastic(come_first=(0, 1))
+    begin(g)
+    come(g, 2)
+    g.call_over()
+    assert [a.message for a in g.stop("SIGTERM", 3.0)] == [{"stop": {"grace_s": 3.0}}] * 2
+    assert leave(g) == ["end stopped 75"]
+    assert g.outcome is not None
+    assert g.outcome.cause == "SIGTERM"
+
+
+def test_a_lost_node_is_gone_on_without_for_nothing_and_asked_again() -> None:
+    g = elastic(come_first=(0, 1, 2))
+    begin(g)
+    assert brief(g.node_gone(1, "no longer answers")) == ["send 0 abort", "send 2 abort"]
+    assert out(g, ended(0, 1, says="Connection closed by peer", node=0), ended(2, -15, asked=True, node=2)) == [
+        "again", "respawn 1", "send 0 host",
+    ]  # fmt: skip
+    assert (g.attempt, g.restarts) == (1, 0)
+    assert begin(g) == (0, 2)
+    assert come(g, 1) == []
+    assert brief(g.call_over()) == ["joining", "send 0 stop", "send 2 stop"]
+    assert leave(g)[-1] == "send 0 host"
+    assert begin(g) == (0, 1, 2)
+
+
+def test_below_the_least_a_loss_counts_and_the_node_is_waited_for() -> None:
+    g = elastic(come_first=(0, 1), max_restarts=1)
+    begin(g)
+    assert brief(g.node_gone(1, "lost")) == ["send 0 abort"]
+    assert leave(g, -15) == ["restarting", "respawn 1"]
+    assert (g.phase, g.calling) == (Phase.MEETING, False)
+    assert come(g, 1) == ["send 0 host"]  # the two that never came are not waited for again
+    begin(g)
+    g.node_gone(0, "lost")
+    assert leave(g, -15) == ["end failed 1"]
+
+
+def test_a_rank_that_fails_by_itself_beside_a_lost_node_counts() -> None:
+    g = elastic(come_first=(0, 1, 2))
+    begin(g)
+    g.rank_exited(0, ended(0, 5, says="no such label"))
+    g.node_gone(1, "lost")
+    assert out(g, ended(0, 5, says="no such label"), ended(2, -15, asked=True, node=2)) == ["end failed 5"]
+
+
+def test_the_store_moves_when_its_node_is_lost() -> None:
+    g = elastic(come_first=(0, 1, 2))
+    begin(g)
+    g.node_gone(0, "lost")
+    leave(g, -15)
+    assert begin(g) == (1, 2)
+    g.node_gone(1, "lost")
+    assert leave(g, -15)[-1] == "end failed 1"
+
+
+def test_the_node_that_is_to_hold_the_store_is_lost_before_it_does() -> None:
+    g = elastic(come_first=(0, 1, 2))
+    assert brief(g.node_gone(0, "lost")) == ["again", "respawn 0", "send 1 host"]
+    assert g.store_ready(0, "late", 1) == []
+    assert begin(g) == (1, 2)
+
+
+def test_a_node_that_goes_before_the_run_begins_is_not_missed() -> None:
+    g = gang(3, least=1)
+    come(g, 0, 1)
+    assert brief(g.node_gone(1, "lost")) == ["lost 1", "respawn 1"]
+    assert brief(g.call_over()) == ["send 0 host"]
+    assert begin(g) == (0,)
+
+
+def test_a_node_that_is_lost_again_and_again_is_taken_in_no_more() -> None:
+    g = elastic(least=1, most=2, come_first=(0, 1))
+    attempts = 0
+    for _ in range(10):
+        begin(g)
+        attempts += 1
+        if g.members == (0,):
+            come(g, 1)
+            if not g.calling:
+                break
+            g.call_over()
+            leave(g)
+            continue
+        g.node_gone(1, "lost")
+        actions = leave(g, -15)
+        assert g.restarts == 0
+    assert attempts == 6  # three with it, three without
+    assert "respawn 1" not in actions
+    assert g.standing_by == [1]
+    assert leave(g, 0) == ["end finished 0"]
+
+
+def test_who_was_lost_too_often_still_fills_the_minimum() -> None:
+    g = elastic(least=2, most=3, come_first=(0, 1, 2), max_restarts=1)
+    for _ in range(3):
+        begin(g)
+        g.node_gone(2, "lost")
+        leave(g, -15)
+        begin(g)
+        come(g, 2)
+        if g.calling:
+            g.call_over()
+            leave(g)
+    assert g.members == (0, 1)
+    g.node_gone(1, "lost")
+    assert leave(g, -15) == ["again", "respawn 1", "send 0 host"]
+    assert begin(g) == (0, 2)
+    assert come(g, 1) == []  # and gives way to a better one
+    g.call_over()
+    leave(g)
+    assert begin(g) == (0, 1)
+
+
+def test_a_spare_takes_the_place_of_a_lost_node_and_the_lost_one_its() -> None:
+    g = gang(4, least=3, most=3)
+    assert come(g, 3, 0, 1) == []  # a spare is not taken in place of one that is only slower
+    assert g.calling
+    assert come(g, 2) == ["send 0 host"]
+    assert begin(g) == (0, 1, 2)
+    assert g.standing_by == [3]
+    g.node_gone(1, "no longer answers")
+    assert leave(g, -15) == ["again", "respawn 1", "send 0 host"]
+    assert begin(g) == (0, 2, 3)
+    assert come(g, 1) == []
+    assert not g.calling  # nothing would be gained
+    assert g.standing_by == [1]
+    g.node_gone(0, "no longer answers")
+    leave(g, -15)
+    assert begin(g) == (1, 2, 3)
+    assert g.restarts == 0
+
+
+def test_a_spare_that_is_lost_disturbs_nobody() -> None:
+    g = gang(3, least=2, most=2)
+    come(g, 0, 1, 2)
+    begin(g)
+    assert brief(g.node_gone(2, "lost")) == ["lost 2", "respawn 2"]
+    assert g.phase is Phase.RUNNING
+    assert leave(g, 0) == ["end finished 0"]
+
+
+def test_a_spare_does_for_a_node_that_does_not_come() -> None:
+    g = gang(3, least=2, most=2)
+    come(g, 0, 2)
+    assert brief(g.call_over()) == ["send 0 host"]
+    assert begin(g) == (0, 2)
+    assert come(g, 1) == []
+    assert not g.calling
+
+
+def test_a_node_that_can_never_work_is_done_without() -> None:
+    g = gang(3, least=2)
+    come(g, 0, 1, 2)
+    assert brief(g.node_gone(2, "no GPU here", hopeless=2)) == ["again", "send 0 host"]
+    assert begin(g) == (0, 1)
+    g = gang(3, least=3, max_restarts=5)
+    come(g, 0, 1, 2)
+    assert brief(g.node_gone(2, "no GPU here", hopeless=2)) == ["end failed 2"]
+
+
+def test_no_schedule_of_losses_goes_on_for_ever() -> None:
+    """Whatever is lost is back at once; every attempt loses its first member."""
+    g = elastic(least=1, most=3, spares=2, come_first=(0, 1, 2, 3, 4))
+    attempts = 0
+    while g.phase is not Phase.ENDED:
+        begin(g)
+        attempts += 1
+        assert attempts < 100
+        lost = g.members[0]
+        g.node_gone(lost, "lost")
+        leave(g, -15)
+        if g.phase is Phase.HOSTING:
+            begin(g)
+            come(g, lost)
+            if g.calling:
+                g.call_over()
+                leave(g)
+            else:
+                g.node_gone(g.members[0], "lost")
+                leave(g, -15)
+    assert g.outcome is not None
+    assert g.outcome.status == "failed"
