@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +11,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+import machines
+from machines import Call, Machines
+from netns import wait_for
 
 from lab import Lab, LabError, Settings, Sharing, why_not
 
@@ -83,3 +88,44 @@ def lab(request: pytest.FixtureRequest, cluster: Callable[[Settings], Lab]) -> I
         pytest.fail(f"the lab did not come to rest: {error}", pytrace=False)
     if left:
         pytest.fail("left behind on the lab:\n  " + "\n  ".join(left), pytrace=False)
+
+
+# ------------------------------------------------------------------------------------------------ without a scheduler
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machines]:
+    """Machines with sshd, one set for all tests of a module."""
+    if reason := machines.why_not():
+        if "ssh" in os.environ.get("MUSTER_REQUIRE", "").split(","):
+            pytest.fail(f"MUSTER_REQUIRE asks for ssh, but {reason}", pytrace=False)
+        pytest.skip(reason)
+    found = Machines(tmp_path_factory.mktemp("machines"))
+    found.up()
+    yield found
+    found.down()
+
+
+@pytest.fixture(name="machines")
+def healed_machines(started: Machines) -> Iterator[Machines]:
+    """The machines, all reachable, and nothing that was launched left on them afterwards."""
+    yield started
+    for name in machines.NAMES:
+        started.network.link_up(name)
+    wait_for(lambda: not started.left("launcher"), 60, "the end of everything that was launched")
+
+
+@pytest.fixture
+def launched(machines: Machines, tmp_path: Path) -> Iterator[Callable[..., Call]]:
+    """`launched(*words)`: a `launch` on the head in tmp_path, which all machines see."""
+    calls: list[Call] = []
+
+    def begin(*words: str | Path, cwd: Path = tmp_path, **environment: str) -> Call:
+        calls.append(Call(machines, cwd, *words, **environment))
+        return calls[-1]
+
+    yield begin
+    for one in calls:
+        if one.process.poll() is None:
+            one.signal(signal.SIGKILL)
+            one.process.communicate(timeout=30)

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from job import LAUNCH
 from netns import HEAD, Host, Network, command, wait_for
 
 NAMES = ("ada", "bob", "cyd")
@@ -101,3 +102,32 @@ class Machines:
         self.network.down()
         with contextlib.suppress(OSError):
             shutil.rmtree(self.folder)
+
+
+class Call:
+    """A `launch` on the head, with run folder `job`."""
+
+    def __init__(self, machines: Machines, cwd: Path, *words: str | Path, **environment: str) -> None:
+        self.machines = machines
+        self.folder = cwd / "runs" / "job"
+        own = {"OMP_NUM_THREADS": "1", "XDG_STATE_HOME": str(cwd / "state"), **environment}
+        self.process = machines.popen(
+            LAUNCH, "--run", "job", "--show-ranks", "all", *words, cwd=cwd, environment=own,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    def end(self, timeout: float = 100) -> tuple[int, str, str]:
+        out, err = self.process.communicate(timeout=timeout)
+        return self.process.returncode, out, err
+
+    def ups(self, count: int) -> None:
+        """Until so many ranks more have said that they are there."""
+        while count:
+            line = self.process.stdout.readline()
+            assert line, self.process.stderr.read()
+            count -= line.endswith("up\n")
+
+    def signal(self, number: int) -> None:
+        words = str(LAUNCH)
+        (found,) = (p for p in self.machines.host(HEAD).processes() if words in p.command)
+        os.kill(found.pid, number)

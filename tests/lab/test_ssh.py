@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 from pathlib import Path
 
 import pytest
 from job import LAUNCH
-from machines import NAMES, Machines, why_not
-from netns import HEAD, wait_for
+from netns import wait_for
 
 pytestmark = [pytest.mark.lab, pytest.mark.ssh, pytest.mark.timeout(180)]
 
@@ -37,71 +35,12 @@ while not saved.exists():
 """
 
 
-@pytest.fixture(scope="module")
-def started(tmp_path_factory):
-    if reason := why_not():
-        if "ssh" in os.environ.get("MUSTER_REQUIRE", "").split(","):
-            pytest.fail(f"MUSTER_REQUIRE asks for ssh, but {reason}", pytrace=False)
-        pytest.skip(reason)
-    machines = Machines(tmp_path_factory.mktemp("machines"))
-    machines.up()
-    yield machines
-    machines.down()
-
-
 @pytest.fixture
-def machines(started):
-    yield started
-    for name in NAMES:
-        started.network.link_up(name)
-    wait_for(lambda: not started.left("launcher"), 60, "the end of everything that was launched")
-
-
-class Call:
-    """A `launch` on the head, with run folder `job`."""
-
-    def __init__(self, machines: Machines, cwd: Path, *words: str | Path, **environment: str) -> None:
-        self.machines = machines
-        self.folder = cwd / "runs" / "job"
-        own = {"OMP_NUM_THREADS": "1", "XDG_STATE_HOME": str(cwd / "state"), **environment}
-        self.process = machines.popen(
-            LAUNCH, "--run", "job", "--show-ranks", "all", *words, cwd=cwd, environment=own,
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
-
-    def end(self, timeout: float = 100) -> tuple[int, str, str]:
-        out, err = self.process.communicate(timeout=timeout)
-        return self.process.returncode, out, err
-
-    def ups(self, count: int) -> None:
-        """Until so many ranks more have said that they are there."""
-        while count:
-            line = self.process.stdout.readline()
-            assert line, self.process.stderr.read()
-            count -= line.endswith("up\n")
-
-    def signal(self, number: int) -> None:
-        words = str(LAUNCH)
-        (found,) = (p for p in self.machines.host(HEAD).processes() if words in p.command)
-        os.kill(found.pid, number)
-
-
-@pytest.fixture
-def call(machines, tmp_path):
+def call(launched, tmp_path):
     """`call(*words)`, in tmp_path, which all machines see."""
     (tmp_path / "who.py").write_text(WHO)
     (tmp_path / "stay.py").write_text(STAY)
-    calls = []
-
-    def begin(*words: str | Path, cwd: Path = tmp_path, **environment: str) -> Call:
-        calls.append(Call(machines, cwd, *words, **environment))
-        return calls[-1]
-
-    yield begin
-    for one in calls:
-        if one.process.poll() is None:
-            one.signal(signal.SIGKILL)
-            one.process.communicate(timeout=30)
+    return launched
 
 
 def facts(out: str) -> list[dict]:
