@@ -18,7 +18,7 @@ import click
 
 from launcher import commands, index, runs, snapshot
 from launcher.arrays import Array
-from launcher.errors import RunError, UsageError
+from launcher.errors import ClusterError, RunError, UsageError
 from launcher.request import parse, slurm_name
 from launcher.spec import keeps_terminal
 from launcher.standing import look
@@ -201,6 +201,11 @@ def _work(folder: runs.RunFolder, listener: socket.socket | None) -> int:
     again = f", attempt {state['attempt'] + 1}" if state["attempt"] >= 0 else ""
     say(f"{backend}, run {folder.run_id}{again}: {_size(spec)}, folder {folder.path}")
     _register(folder.path, folder.created)
+    if spec.preflight:
+        from launcher.doctor.preflight import preflight
+
+        if (bad := preflight(spec, folder.path, say)) is not None:
+            raise ClusterError(f"{bad}; nothing was started")
     if spec.ssh is not None:
         from launcher.backends import ssh
 

@@ -101,6 +101,11 @@ def parse(argv: Sequence[str], surroundings: Surroundings | None = None) -> Requ
     if o["sync"] and (place != "hosts" or o["no_snapshot"]):
         other = "--no-snapshot" if place == "hosts" else "no --hosts"
         raise UsageError(f"--sync copies a snapshot of the code to --hosts, and there is {other}")
+    if o["preflight"] and (place in ("meeting", "step") or elements is not None):
+        raise UsageError(
+            "--preflight looks at machines that launch itself starts one run on; here say launch doctor before, on "
+            "each of them"
+        )
     snapshot = o["snapshot"] or o["sync"] or (place == "job" and not o["no_snapshot"])
     return Request(
         spec, place, o["run"], o["detach"], o["dry_run"], elements, throttle, snapshot,
@@ -286,6 +291,7 @@ def _spec_from(o: dict[str, Any], where: _Where) -> LaunchSpec:
         max_restarts=restarts,
         grace_s=grace,
         hang_timeout_s=_hang_timeout(o["hang_timeout"]),
+        preflight=o["preflight"],
         preload=preload,
         output=_output(o),
         meeting=meeting,

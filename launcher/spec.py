@@ -165,6 +165,7 @@ class LaunchSpec:
     `--nproc-per-node N`).
     grace_s: seconds from SIGTERM to SIGKILL after a stop request (None: until the scheduler's deadline, 30 where there
     is none). hang_timeout_s: seconds without a step after which ranks count as hung (None: learned; 0: never).
+    preflight: whether the machines are looked at before each time that the run begins on them.
     """
 
     program: Program
@@ -178,6 +179,7 @@ class LaunchSpec:
     max_restarts: int = 0
     grace_s: float | None = None
     hang_timeout_s: float | None = None
+    preflight: bool = False
     preload: tuple[str, ...] = ("torch",)
     output: Output = field(default_factory=Output)
     meeting: Meeting | None = None

@@ -26,6 +26,7 @@ from launcher.backends.slurm_requeue import Ledger, Verdict, decide
 from launcher.backends.slurm_stop import Stop, grace_of_partition, kill_wait_of_config, lead, why
 from launcher.backends.slurm_tools import AwayError, ask
 from launcher.errors import ClusterError, LaunchError, MeetingError
+from launcher.failure import signal_name
 from launcher.gang import Outcome
 from launcher.processes import become_subreaper
 from launcher.record import report
@@ -277,7 +278,8 @@ def run(folder: RunFolder, say: Callable[[str], None]) -> int:
                                 restarts=ledger.failures, failure=ledger.failure)  # fmt: skip
         lost = {}
         try:
-            outcome = supervisor.work()
+            early = _look_first(folder, job, say) if spec.preflight else None
+            outcome = early or supervisor.work()
             lost = supervisor.lost
         except LaunchError as error:
             outcome = Outcome("failed", error.exit_code, str(error))
@@ -298,6 +300,33 @@ def run(folder: RunFolder, say: Callable[[str], None]) -> int:
     )
     verdict = replace(verdict, ledger=replace(verdict.ledger, failure=supervisor.gang.failure))
     return _conclude(folder, job, outcome, verdict, say, silent=sorted(supervisor.unreachable))
+
+
+class _AskedToLeave(BaseException):
+    """A stop signal, where nothing else is ready for one; no handler of errors is meant by it."""
+
+
+def _look_first(folder: RunFolder, job: Job, say: Callable[[str], None]) -> Outcome | None:
+    """The doctor's look at the nodes; how the run ends where it is not to begin on them."""
+    from launcher.doctor.preflight import preflight
+
+    def leave(number: int, _: object) -> None:
+        job.stop_now(number)
+        raise _AskedToLeave(signal_name(number))
+
+    # Slurm may want the nodes back meanwhile, and then the job is to be requeued as if its ranks had left.
+    old = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)}
+    try:
+        bad = preflight(folder.spec, folder.path, say)
+        outcome = None if bad is None else Outcome("failed", ClusterError.exit_code, f"{bad}; nothing was started")
+    except _AskedToLeave as stop:
+        outcome = Outcome("stopped", 75, f"{stop} while the nodes were looked at")
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+    if outcome is not None:
+        _record(folder, outcome, int(folder.state()["attempt"]) + 1)
+    return outcome
 
 
 def _record(folder: RunFolder, outcome: Outcome, attempt: int) -> None:

@@ -6,7 +6,8 @@ import json
 import subprocess
 
 import pytest
-from job import LAUNCH
+from job import LAUNCH, Job
+from netns import wait_for
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(180)]
 
@@ -53,3 +54,13 @@ def test_nodes_of_a_partition_are_examined_by_a_job_and_preemption_is_explained(
     assert "a job in urgent may preempt it: SIGTERM, then 20 s to save" in found["preemption"]["found"]
     assert "5 s (KillWait)" in found["time limits"]["found"]
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.soak
+def test_a_job_that_is_preempted_while_its_nodes_are_looked_at_goes_on(lab, tmp_path):
+    job = Job.submit(lab, tmp_path, "--preflight")
+    wait_for(lambda: "reaching 2 machines" in job.output, 60, "the preflight")
+    lab.preempt(job.id, 5)
+    assert job.wait_over(120)["status"] == "finished", job.story()
+    assert len(job.of("requeued")) == 1
+    assert "while the nodes were looked at" in str(job.of("end")[0])

@@ -307,9 +307,9 @@ def test_version_and_flags_are_frozen() -> None:
         "--log-line-prefix-template", "--logs-specs", "--master-addr", "--master-port", "--max-failures",
         "--max-restarts", "--max-timeouts", "--mem", "--module", "--monitor-interval", "--nnodes", "--no-preload",
         "--no-python", "--no-snapshot", "--node-rank", "--nodelist", "--nodes", "--nproc-per-node", "--numa-binding",
-        "--partition", "--preload", "--procs", "--qos", "--rdzv-backend", "--rdzv-conf", "--rdzv-endpoint",
-        "--rdzv-id", "--redirects", "--requeue", "--reservation", "--role", "--run", "--run-path", "--sbatch",
-        "--setup", "--show-ranks", "--shutdown-timeout", "--signals-to-handle", "--snapshot", "--spares", "--standalone",
-        "--start-method", "--stop-lead", "--sweep", "--sweep-file", "--sync", "--tee",
+        "--partition", "--preflight", "--preload", "--procs", "--qos", "--rdzv-backend", "--rdzv-conf",
+        "--rdzv-endpoint", "--rdzv-id", "--redirects", "--requeue", "--reservation", "--role", "--run", "--run-path", "--sbatch",
+        "--setup", "--show-ranks", "--shutdown-timeout", "--signals-to-handle", "--snapshot", "--spares",
+        "--standalone", "--start-method", "--stop-lead", "--sweep", "--sweep-file", "--sync", "--tee",
         "--time", "--virtual-local-rank", "-d", "-m", "-r", "-t",
     }  # fmt: skip

@@ -212,12 +212,27 @@ def test_this_machine_is_examined_and_a_port_that_is_taken_is_bad(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
+def test_nothing_starts_where_the_preflight_is_bad(tmp_path):
+    (tmp_path / "job.py").write_text("print('it ran')\n")
+    (tmp_path / "requirements.txt").write_text("no-such-package\n")
+    words = [LAUNCH, "--procs", "1", "--preflight", "--run", "job", "job.py"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=100, check=False)
+    assert (done.returncode, done.stdout) == (1, ""), done.stderr
+    assert "BAD  packages" in done.stderr
+    assert "error: preflight: packages: bad, as told above; nothing was started" in done.stderr
+    (tmp_path / "requirements.txt").unlink()
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=100, check=False)
+    assert (done.returncode, done.stdout) == (0, "[0] it ran\n"), done.stderr
+
+
 def test_wrong_requests_are_refused():
     for words, told in [
-        (["--hosts", "a", "--partition", "p"], "--hosts looks at machines by ssh, --partition asks Slurm"),
-        (["--hosts", "a,b", "--nodes", "3"], "--hosts names 2"),
-        (["--nodes", "0"], "give a whole number >= 1"),
+        (["doctor", "--hosts", "a", "--partition", "p"], "--hosts looks at machines by ssh, --partition asks Slurm"),
+        (["doctor", "--hosts", "a,b", "--nodes", "3"], "--hosts names 2"),
+        (["doctor", "--nodes", "0"], "give a whole number >= 1"),
+        (["--preflight", "--nnodes", "2", "--rdzv-endpoint", "x:1", str(Path(__file__))], "--preflight looks at"),
     ]:
-        done = subprocess.run([LAUNCH, "doctor", *words], capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run([LAUNCH, *words], capture_output=True, text=True, timeout=60, check=False)
         assert done.returncode == 2
         assert told in done.stderr
