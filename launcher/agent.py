@@ -29,7 +29,15 @@ from launcher.failure import RankExit, read_error_file, signal_name
 from launcher.hangs import EVERY_S
 from launcher.logs import Console, Forwarded, RankLog, prefix_for
 from launcher.pace import every_s, summary
-from launcher.processes import become_subreaper, die_with_parent, end_descendants, outlive_parent, threads_of
+from launcher.processes import (
+    become_subreaper,
+    die_with_parent,
+    end_descendants,
+    outlive_parent,
+    start_ticks,
+    threads_of,
+)
+from launcher.pulse import Beating
 from launcher.spec import LaunchSpec, keeps_terminal
 from launcher.stacks import SIGNAL, merged
 from launcher.topology import Place, World, places, rank_environment
@@ -43,7 +51,9 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 _PROGRESS_EVERY_S = 5.0  # rank 0's node tells the supervisor, if anything has changed
-_SILENT_S = 10.0  # the supervisor says that it is there every second, where the kernel cannot tell
+# The supervisor says every second that it is there. One that does not stands still, or the way to it is cut; in a job
+# it may only be asking a scheduler that is slow to answer.
+_SILENT_S = {"fd": None, "stdio": 10.0, "tcp": 30.0}
 _STACKS_WITHIN_S = 1.0  # a rank that can write its stacks at all does so in milliseconds
 _ABORT_GRACE_S = 1.0  # after a failure nothing can be saved any more
 
@@ -91,6 +101,7 @@ def main(argv: list[str]) -> dict[str, Any] | None:
                     "token": secret,
                     "host": socket.gethostname(),
                     "pid": os.getpid(),
+                    "started": start_ticks(os.getpid()),
                     "now_ns": time.monotonic_ns(),
                     "node_rank": None if node_rank is None else int(node_rank),
                     "procs": None if spec is None else spec.procs,
@@ -119,6 +130,7 @@ def main(argv: list[str]) -> dict[str, Any] | None:
             zygote_pid,
             orders,
             scheduled=welcome["scheduled"],
+            silent_s=_SILENT_S[argv[0]],
             orphan_grace_s=welcome["orphan_grace_s"],
         )
         code = _run(node, listens_to_starter=argv[0] == "fd")
@@ -186,6 +198,7 @@ def _run(node: Node, *, listens_to_starter: bool) -> int:
 
     if listens_to_starter:
         outlive_parent()
+    node.beating = Beating(node.link)  # from here on nothing holds a thread up for seconds, as importing torch does
     try:
         return run_agent(node)
     finally:
@@ -207,6 +220,7 @@ class Node:
         orders: list[Message],
         *,
         scheduled: bool,
+        silent_s: float | None,
         orphan_grace_s: float,
     ) -> None:
         self.spec = spec
@@ -219,6 +233,9 @@ class Node:
         self._zygote_pid = zygote_pid
         self._orphan_grace_s = orphan_grace_s  # what is left to the ranks when the supervisor is gone
         self._scheduled = scheduled
+        self._silent_s = silent_s
+        self.beating: Beating | None = None
+        self._given_up: str | None = None  # by the supervisor, and why
         self._signalled_ns: int | None = None
         self.dismissed = False
         self._told: Progress | None = None
@@ -365,8 +382,8 @@ class Node:
         if self._kill_at is not None and self._pids:
             left = max(0.0, self._kill_at - time.monotonic())
             timeout_s = left if timeout_s is None else min(timeout_s, left)
-        if self._forwarded is not None and not self.link.closed:
-            left = max(0.0, self._heard + _SILENT_S - time.monotonic())
+        if self._silent_s is not None and not self.link.closed:
+            left = max(0.0, self._heard + self._silent_s - time.monotonic())
             timeout_s = left if timeout_s is None else min(timeout_s, left)
         if self._pids:
             at = min(self._look_at, self._collect_at) if self._asked_for is not None else self._look_at
@@ -393,7 +410,7 @@ class Node:
             self._tell_pace()
         if self._asked_for is not None and time.monotonic() >= self._collect_at:
             self._collect_stacks(self._asked_for)
-        if self._forwarded is not None and not self.link.closed and time.monotonic() - self._heard > _SILENT_S:
+        if self._silent_s is not None and not self.link.closed and time.monotonic() - self._heard > self._silent_s:
             self.link.closed = self.link.unreachable = True
             self._hear_supervisor()
         if self._kill_at is not None and self._pids and time.monotonic() >= self._kill_at:
@@ -491,6 +508,8 @@ class Node:
                 self._ask_for_stacks(message["stacks"])
             elif "shown" in message and self._forwarded is not None:
                 self._forwarded.shown(message["shown"])
+            elif "given up" in message:
+                self._given_up = message["given up"]
             elif "here" not in message:
                 self.dismissed = self.dismissed or "end" in message
                 self.orders.append(message)
@@ -500,14 +519,20 @@ class Node:
                 self._abandon()
 
     def _abandon(self) -> None:
-        """The supervisor is gone: nothing that we started may outlive it."""
+        """The supervisor is gone: nothing that we started may outlive it.
+
+        What was trained is saved, unless the run goes on elsewhere meanwhile: it must not be written by two.
+        """
+        fenced = self._given_up is not None or (self.beating is not None and self.beating.stood_still)
+        fenced = fenced or (self.link.unreachable and self.spec.elastic)
+        grace_s = 0.0 if fenced else self._orphan_grace_s
         with contextlib.suppress(ConnectionError):
-            self.stop(self._orphan_grace_s)
-            deadline = time.monotonic() + self._orphan_grace_s + 1
+            self.stop(grace_s)
+            deadline = time.monotonic() + grace_s + 1
             while self._pids and time.monotonic() < deadline:
                 self.turn(0.1)
             self.zygote.send({"order": "quit"})
-        raise ConnectionResetError("the supervisor is gone")
+        raise ConnectionResetError("the supervisor is gone" if self._given_up is None else self._given_up)
 
     def _hear_zygote(self) -> None:
         for report in self.zygote.receive():

@@ -27,7 +27,8 @@ _SILENCE = (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.EHOSTDOWN, errno.ENETUNRE
 
 
 class Link:
-    """One end of a connection. Sending blocks until the kernel has taken the frame; receiving never blocks.
+    """One end of a connection. Sending blocks until the kernel has taken the frame; receiving never blocks. Several
+    threads may send.
 
     Raises `ConnectionError` from `send` when the other end is gone; `receive` then returns what was still complete
     and sets `closed`. `unreachable`: not the other process ended, but its host or the way to it no longer answers.
@@ -36,6 +37,7 @@ class Link:
     def __init__(self) -> None:
         self.closed = False
         self.unreachable = False
+        self._sending = threading.Lock()
         self._buffer = bytearray()
         self._fds: deque[int] = deque()
 
@@ -56,7 +58,8 @@ class Link:
 
     def send(self, message: Message, fds: tuple[int, ...] = ()) -> None:
         body = json.dumps(message | {"fds": len(fds)} if fds else message, separators=(",", ":")).encode()
-        self._write(memoryview(_LENGTH.pack(len(body)) + body), fds)
+        with self._sending:
+            self._write(memoryview(_LENGTH.pack(len(body)) + body), fds)
 
     def receive(self) -> list[Message]:
         """All complete messages that have arrived; a message sent with descriptors holds them as `fds`."""
@@ -121,7 +124,6 @@ class Channel(Link):
         return None if self.sock.family == socket.AF_UNIX else str(self.sock.getsockname()[0])
 
     def _write(self, frame: memoryview, fds: tuple[int, ...]) -> None:
-        self.sock.setblocking(True)
         if fds:
             sent = self.sock.sendmsg([frame], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))])
             frame = frame[sent:]
@@ -129,10 +131,10 @@ class Channel(Link):
             self.sock.sendall(frame)
 
     def _read(self) -> bytes:
-        self.sock.setblocking(False)
+        # The socket itself blocks, for the sake of a thread that sends meanwhile.
         if self.sock.family != socket.AF_UNIX:
-            return self.sock.recv(1 << 16)
-        data, ancillary, _, _ = self.sock.recvmsg(1 << 16, socket.CMSG_SPACE(_MAX_FDS * 4))
+            return self.sock.recv(1 << 16, socket.MSG_DONTWAIT)
+        data, ancillary, _, _ = self.sock.recvmsg(1 << 16, socket.CMSG_SPACE(_MAX_FDS * 4), socket.MSG_DONTWAIT)
         for level, kind, payload in ancillary:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                 fds = array.array("i")
@@ -151,7 +153,6 @@ class PipeChannel(Link):
     def __init__(self, reads: int, writes: int, local_address: str | None) -> None:
         super().__init__()
         self._reads, self._writes, self._local_address = reads, writes, local_address
-        self._sending = threading.Lock()  # the console's thread sends too
         os.set_blocking(reads, False)
 
     def fileno(self) -> int:
@@ -163,12 +164,11 @@ class PipeChannel(Link):
 
     def _write(self, frame: memoryview, fds: tuple[int, ...]) -> None:
         assert not fds
-        with self._sending:
-            while frame:
-                try:
-                    frame = frame[os.write(self._writes, frame) :]
-                except BlockingIOError:  # noqa: PERF203  # both may be one socket, so this one does not block either
-                    select.select([], [self._writes], [])
+        while frame:
+            try:
+                frame = frame[os.write(self._writes, frame) :]
+            except BlockingIOError:  # noqa: PERF203  # both may be one socket, so this one does not block either
+                select.select([], [self._writes], [])
 
     def _read(self) -> bytes:
         return os.read(self._reads, 1 << 16)

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import subprocess
 import time
 from typing import TYPE_CHECKING, Protocol
 
 from launcher.errors import MeetingError
 
 if TYPE_CHECKING:
-    import subprocess
     from collections.abc import Sequence
 
     from launcher.channel import Channel
 
-__all__ = ["Fleet", "Roll"]
+__all__ = ["Fleet", "Remains", "Roll"]
 
 _AGAIN_S = 1.0
 _MOST_AGAIN_S = 15.0  # for one that stays away
-_BEAT_S = 1.0
 
 
 class Fleet(Protocol):
@@ -30,6 +30,9 @@ class Fleet(Protocol):
 
     def why(self, node: int, code: int) -> str:
         """Why the way to a node has ended with `code`, for people."""
+
+    def fence(self, node: int, pid: int, started: int) -> subprocess.Popen[bytes]:
+        """End there, over a new way, what is left of an agent that was given up; ends with 0 when that is done."""
 
     def passing(self, node: int, code: int) -> bool:
         """Whether it is worth trying again where nothing of the run was ever there."""
@@ -46,7 +49,6 @@ class Roll:
         self._absent: dict[int, str] = {}
         self._try_at: dict[int, float] = {}
         self._tries: dict[int, int] = {}  # in vain, since it was last here
-        self._beat_at = 0.0
 
     def came(self, node: int) -> None:
         self._seen.add(node)
@@ -93,14 +95,47 @@ class Roll:
         counted = f"{len(missing)} of {len(self.fleet.names)} hosts did not come"
         return "\n  ".join([counted, *told[:20], *([f"and {len(told) - 20} more"] if len(told) > 20 else [])])
 
-    def beat(self) -> bool:
-        """Whether it is time to say to everybody that we are here: ssh's own connection ends late without us."""
-        now = time.monotonic()
-        if now < self._beat_at:
-            return False
-        self._beat_at = now + _BEAT_S
-        return True
+    def wait_s(self) -> float | None:
+        """Seconds until somebody is to be tried again; None: nobody is."""
+        return max(0.0, min(self._try_at.values()) - time.monotonic()) if self._try_at else None
 
-    def wait_s(self) -> float:
-        """Seconds until one of these is due."""
-        return max(0.0, min([self._beat_at, *self._try_at.values()]) - time.monotonic())
+
+class Remains:
+    """What lost agents may have left on the hosts of a fleet: agents that stand still, and their ranks.
+
+    An agent that still runs sees to its ranks itself, and an agent that does not is ended over a new way to its host,
+    now and, where that was in vain, once a new agent has come from there.
+    """
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+        self._left: dict[int, tuple[int, int]] = {}  # pid and start of the agent
+        self._fences: dict[int, subprocess.Popen[bytes]] = {}
+        self._leaving: list[subprocess.Popen[bytes]] = []
+
+    def lost(self, node: int, pid: int, started: int, *, given_up: subprocess.Popen[bytes] | None = None) -> None:
+        """An agent is lost. given_up: it no longer answers; the way to it, over which it may still be told so."""
+        self._left[node] = (pid, started)
+        if given_up is not None:
+            self._leaving.append(given_up)
+            self.end(node)
+
+    def end(self, node: int) -> None:
+        """End what an agent of this node left, unless that is known to be done."""
+        fence = self._fences.pop(node, None)
+        if fence is not None and fence.poll() == 0:
+            self._left.pop(node, None)
+        elif fence is not None:
+            self._leaving.append(fence)
+        if node in self._left:
+            self._fences[node] = self._fleet.fence(node, *self._left[node])
+
+    def close(self, within_s: float) -> None:
+        """Wait for what is being ended; nothing that was started here is left."""
+        deadline = time.monotonic() + within_s
+        for process in self._fences.values():
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, deadline - time.monotonic()))
+        for process in (*self._leaving, *self._fences.values()):
+            process.kill()
+            process.wait()

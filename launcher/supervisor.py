@@ -22,12 +22,13 @@ from launcher.addresses import Addresses
 from launcher.channel import Channel, Message, keep_alive
 from launcher.errors import ClusterError, LaunchError, MeetingError, UsageError
 from launcher.failure import RankExit, signal_name
-from launcher.fleet import Roll
+from launcher.fleet import Remains, Roll
 from launcher.gang import Action, Gang, Outcome, Phase
 from launcher.logs import Relay
 from launcher.pace import Paces
 from launcher.processes import end_descendants, kill_tree, start_ticks
 from launcher.progress import Progress
+from launcher.pulse import BEAT_S, Pulse
 from launcher.scheduling import StopWatch
 from launcher.stacks import SIGNAL, Census
 from launcher.starting import spawn_agent, stop_signals
@@ -44,6 +45,7 @@ __all__ = ["Supervisor"]
 # From the moment at which a node's ranks are to be dead to the one at which it is given up: its agent is stopped, or a
 # rank sleeps in the kernel and cannot be killed.
 _PATIENCE_S = 10.0
+_FENCED_WITHIN_S = 5.0  # what a stopped agent left on a host that can be reached
 _SHOWN_EVERY_S = 30.0  # a write to a shared file system
 
 
@@ -55,6 +57,9 @@ class _Agent:
     host: str = ""
     process: subprocess.Popen[bytes] | None = None
     joined: bool = False
+    given_up: bool = False
+    pid: int = 0
+    started: int = 0  # when, in clock ticks since its host's boot
     why: str | None = None  # it leaves, as it said itself
     shift_ns: int = 0  # from its monotonic clock to ours: each machine counts from its own start
     hopeless: int | None = None  # exit code if starting it again cannot help
@@ -109,6 +114,9 @@ class Supervisor:
         self._census: Census | None = None  # of stacks, while nodes still answer
         self._paces: Paces | None = None
         self._roll = None if fleet is None else Roll(fleet)
+        self._remains = None if fleet is None else Remains(fleet)
+        self._pulse = Pulse(time.monotonic())
+        self._beat_at = 0.0
         self._relay = Relay(on_drained=self._rouse)
         self._wake_read = self._wake = -1
         self._quiet_by: float | None = None  # when (monotonic) every node must have brought its ranks down
@@ -238,6 +246,7 @@ class Supervisor:
         if self._roll is not None:
             self._call_the(self._roll)
         self._call()
+        self._feel_pulse()
         if self.gang.phase is Phase.MEETING and not self.gang.calling and time.monotonic() >= self._meet_by:
             # An agent of our own is only slow: it has the machine's load to thank for that, not a missing node.
             missing = [i for i in self.gang.missing if i not in self._local] or self.gang.missing
@@ -249,9 +258,9 @@ class Supervisor:
                 + (f"; {self._roll.story(missing)}" if self._roll is not None else "")
             )
 
-    def _until_next(self) -> float | None:
+    def _until_next(self) -> float:
         """Seconds until something is due that no event announces."""
-        due = []
+        due = [self._pulse.wait_s(time.monotonic())]
         if self._call_by is not None:
             due.append(self._call_by - time.monotonic())
         elif self.gang.phase is Phase.MEETING:
@@ -262,10 +271,9 @@ class Supervisor:
             due.append(self._quiet_by - time.monotonic())
         if self._census is not None:
             due.append(self._census.by - time.monotonic())
-        if self._roll is not None:
-            due.append(self._roll.wait_s())
-        # epoll counts milliseconds in 32 bits, and a job without a time limit may end in a year.
-        return min(max(0.0, min(due)), 3600.0) if due else None
+        if self._roll is not None and (wait_s := self._roll.wait_s()) is not None:
+            due.append(wait_s)
+        return max(0.0, min(due))
 
     def _call(self) -> None:
         """Let a last call begin or end."""
@@ -380,11 +388,21 @@ class Supervisor:
                 self._spawn(node)
         if self.gang.phase is Phase.MEETING and not self.gang.calling:
             roll.check(self.gang.missing)
-        if roll.beat():
+
+    def _feel_pulse(self) -> None:
+        """Say to everybody that we are here, and look who no longer says so."""
+        now = time.monotonic()
+        if now >= self._beat_at:
+            self._beat_at = now + BEAT_S
             for agent in self._agents:
                 if agent.joined:
                     with contextlib.suppress(ConnectionError):
                         agent.link.send({"here": True})
+        late, silent = self._pulse.look(now)
+        for node, seconds in late.items():
+            self.run.event("late", node=node, host=self._host_of[node], seconds=round(seconds, 2))
+        for node, seconds in silent.items():
+            self._give_up(self._agent_of[node], f"no longer answers, nothing was heard for {seconds:.1f} s")
 
     def _accept(self) -> None:
         assert self._listener is not None
@@ -397,7 +415,10 @@ class Supervisor:
 
     def _hear(self, agent: _Agent) -> None:
         try:
-            for message in agent.link.receive():
+            messages = agent.link.receive()
+            if messages and agent.index is not None:
+                self._pulse.heard(agent.index, time.monotonic(), sign=any("beat" in m for m in messages))
+            for message in messages:
                 self._heard(agent, message)
         except (KeyError, TypeError, ValueError) as error:
             self._say(f"a peer sent something that is no message of ours ({error!r}); disconnected")
@@ -413,6 +434,8 @@ class Supervisor:
             agent.hopeless = 2 if message["leaving"]["code"] == UsageError.exit_code else None
         elif not agent.joined or agent.index is None:
             raise ValueError("no hello")
+        elif "beat" in message:
+            pass
         elif "store" in message:
             self._do(self.gang.store_ready(message["attempt"], message["store"]["addr"], message["store"]["port"]))
         elif "exited" in message:
@@ -462,14 +485,16 @@ class Supervisor:
             self._refuse(agent, f"node rank {index} is taken by another node; give each its own --node-rank")
             return
         agent.index, agent.joined, agent.host = index, True, str(hello["host"])
+        agent.pid, agent.started = int(hello["pid"]), int(hello["started"])
         self._agent_of[index] = agent
         self._host_of[index] = agent.host
         if agent.process is not None:
             self._spawned.add(index)
         if agent.process is None or self._roll is not None:
             agent.shift_ns = time.monotonic_ns() - hello["now_ns"]
-        if self._roll is not None:
+        if self._roll is not None and self._remains is not None:
             self._roll.came(index)
+            self._remains.end(index)
         slots = self.run.spec.slots[index]
         agent.link.send(
             {
@@ -518,10 +543,18 @@ class Supervisor:
     def _give_up_the_silent(self) -> None:
         for agent in list(self._agents):
             if agent.index in self.gang.busy:
-                agent.why = f"it has not brought its ranks down {_PATIENCE_S:g} s after it should have"
-                if agent.process is not None:
-                    kill_tree(agent.process.pid)
-                self._lost(agent)
+                self._give_up(agent, f"it has not brought its ranks down {_PATIENCE_S:g} s after it should have")
+
+    def _give_up(self, agent: _Agent, why: str) -> None:
+        """Its node counts as lost from here on, and nothing that it still has may go on."""
+        agent.why, agent.given_up = why, True
+        with contextlib.suppress(ConnectionError):
+            agent.link.send({"given up": f"the supervisor has given this node up: {why}"})
+        if agent.process is not None and self._roll is None:
+            kill_tree(agent.process.pid)
+        if self._step is not None:
+            self.unreachable.add(agent.host)
+        self._lost(agent)
 
     def _drop(self, agent: _Agent) -> None:
         with contextlib.suppress(KeyError, ValueError):
@@ -530,18 +563,22 @@ class Supervisor:
         self._agents.remove(agent)
         if agent.index is not None and self._agent_of.get(agent.index) is agent:
             del self._agent_of[agent.index]
+            self._pulse.forget(agent.index)
 
     def _lost(self, agent: _Agent) -> None:
         self._drop(agent)
         how = "its connection was lost"
-        if self._roll is not None and agent.process is not None and agent.node is not None:
+        if self._remains is not None and agent.index is not None:
+            given_up = agent.process if agent.given_up else None
+            self._remains.lost(agent.index, agent.pid, agent.started, given_up=given_up)
+        if self._roll is not None and agent.process is not None and agent.node is not None and not agent.given_up:
             code = _end_of(agent.process)
             how = self._roll.fleet.why(agent.node, code)
             if agent.index is None:
                 self._roll.stayed_away(agent.node, code, hopeless=None if agent.hopeless is None else agent.why)
                 self._do(self.gang.node_absent(agent.node))
                 return
-        elif agent.process is not None:
+        elif agent.process is not None and not agent.given_up:
             code = agent.process.wait()
             how = f"its agent was killed by {signal_name(-code)}" if code < 0 else f"its agent left with code {code}"
         elif agent.link.unreachable:
@@ -558,7 +595,8 @@ class Supervisor:
             return
         if self.gang.phase is Phase.RUNNING:
             self._stopped_by_scheduler()
-        self._do(self.gang.node_gone(agent.index, how, hopeless=agent.hopeless, unreachable=agent.link.unreachable))
+        silent = agent.link.unreachable or agent.given_up
+        self._do(self.gang.node_gone(agent.index, how, hopeless=agent.hopeless, unreachable=silent))
 
     # -------------------------------------------------------------------------------------------- actions
 
@@ -678,6 +716,8 @@ class Supervisor:
                 except subprocess.TimeoutExpired:
                     agent.process.kill()
                     agent.process.wait()
+        if self._remains is not None:
+            self._remains.close(_FENCED_WITHIN_S)
         end_descendants()
 
 

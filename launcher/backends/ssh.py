@@ -80,7 +80,16 @@ class Machines:
     def start(self, node: int, environment: dict[str, str]) -> tuple[Channel, subprocess.Popen[bytes]]:
         travels = {n: v for n, v in environment.items() if TRAVELLING.fullmatch(n) or n in self._env}
         travels["LAUNCH_NODE_RANK"] = str(node)
-        data = (travels, self._spec.cwd, python_command(self._module, "stdio"))
+        return self._python(node, travels, self._spec.cwd, python_command(self._module, "stdio"))
+
+    def fence(self, node: int, pid: int, started: int) -> subprocess.Popen[bytes]:
+        link, process = self._python(node, {}, "/", python_command("launcher.fence", str(pid), str(started)))
+        link.close()
+        return process
+
+    def _python(
+        self, node: int, environment: dict[str, str], cwd: str, command: list[str]
+    ) -> tuple[Channel, subprocess.Popen[bytes]]:
         ours, theirs = pair()
         with open(self._log(node), "ab") as log:
             self._said[node] = log.tell()
@@ -89,7 +98,7 @@ class Machines:
                 stdin=theirs.fileno(), stdout=theirs.fileno(), stderr=log, start_new_session=True,
             )  # fmt: skip
         theirs.close()
-        text = _SECOND.format(data=data)
+        text = _SECOND.format(data=(environment, cwd, command))
         with contextlib.suppress(ConnectionError):  # ssh has already left, and says why
             ours.sock.sendall(f"exec({text!r})\n".encode(errors="surrogateescape"))
         return ours, process

@@ -1,0 +1,90 @@
+"""Signs of life between the supervisor and its agents: who says every second that it is there, and who no longer does.
+
+The kernel tells of a process that died and of a host that no longer answers, but not of one that stands still: its
+connections live on. An agent's sign comes from a thread of its own, so that nothing the agent waits for (a slow file
+system, a long message) stops it. No rank sends any.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from launcher.channel import Link
+
+__all__ = ["BEAT_S", "Beating", "Pulse"]
+
+BEAT_S = 1.0
+# An agent beside 8 busy processes on 2 cores was 0.08 s late at worst in 5 minutes (benchmarks/liveness.py); one that
+# is a second late has a reason worth a line, and one that has missed four is given up.
+_LATE_S = 2.0
+_SILENT_S = 4.0
+_LOOK_S = 0.25
+
+
+class Pulse:
+    """When each peer was last heard, by node; the clock is the caller's. A peer counts from its first sign on.
+
+    One that looks must not take its own standstill (a suspended machine, a debugger) for the others': what it was late
+    to look is granted to all.
+    """
+
+    def __init__(self, now: float) -> None:
+        self._heard: dict[int, float] = {}
+        self._late: set[int] = set()
+        self._look_at = now + _LOOK_S
+
+    def heard(self, node: int, now: float, *, sign: bool) -> None:
+        """Something came from a node. sign: a sign of life, the first of which begins the count."""
+        if sign or node in self._heard:
+            self._heard[node] = now
+            self._late.discard(node)
+
+    def forget(self, node: int) -> None:
+        self._heard.pop(node, None)
+        self._late.discard(node)
+
+    def wait_s(self, now: float) -> float:
+        """Seconds until it is time to look."""
+        return max(0.0, self._look_at - now)
+
+    def look(self, now: float) -> tuple[dict[int, float], dict[int, float]]:
+        """Nodes that are late now and were not before, and those that are silent, with how long. O(nodes), four times
+        a second; nothing between.
+        """
+        if now < self._look_at:
+            return {}, {}
+        if (own := now - self._look_at) > _LOOK_S:
+            self._heard = {node: at + own for node, at in self._heard.items()}
+        self._look_at = now + _LOOK_S
+        quiet = {node: now - at for node, at in self._heard.items() if now - at > _LATE_S}
+        late = {node: seconds for node, seconds in quiet.items() if node not in self._late}
+        self._late.update(late)
+        return late, {node: seconds for node, seconds in quiet.items() if seconds > _SILENT_S}
+
+
+class Beating:
+    """Says over `link` every second that this process is there, from a thread. To be begun after the last fork."""
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+        self._last = time.monotonic()
+        self._stood_still = False
+        threading.Thread(target=self._beat, name="beat", daemon=True).start()
+
+    @property
+    def stood_still(self) -> bool:
+        """Whether this process did not run for so long that it counts as lost."""
+        return self._stood_still or time.monotonic() - self._last > _SILENT_S
+
+    def _beat(self) -> None:
+        while not self._link.closed:
+            self._stood_still = self.stood_still
+            self._last = time.monotonic()
+            try:
+                self._link.send({"beat": True})
+            except OSError:
+                return  # the event loop finds out
+            time.sleep(BEAT_S)
