@@ -1,0 +1,106 @@
+"""Nodes that come and go while a run goes on, on machines with a real sshd: see machines.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from typing import TYPE_CHECKING
+
+import pytest
+from netns import wait_for
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from machines import Call, Machines
+
+pytestmark = [pytest.mark.lab, pytest.mark.ssh, pytest.mark.timeout(180)]
+
+# Meets its peers, says who it is, and leaves when it is asked to, or when the test says that it is done.
+WORK = """
+import os, signal, socket, sys, time
+from pathlib import Path
+import torch.distributed as dist
+dist.init_process_group("gloo")
+asked = []
+signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
+print("ranks", os.environ["RANK"], os.environ["WORLD_SIZE"], socket.gethostname(), flush=True)
+done = Path(os.environ["LAUNCH_RUN_DIR"], "done")
+while not asked and not done.exists():
+    time.sleep(0.05)
+sys.exit(75 if asked else 0)
+"""
+
+
+@pytest.fixture
+def work(launched, tmp_path: Path):
+    """`work(*words)`: a launch of WORK."""
+    (tmp_path / "work.py").write_text(WORK)
+    return lambda *words: launched("--procs", "1", *words, "work.py")
+
+
+def events(call: Call) -> list[dict]:
+    path = call.folder / "events.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def attempts(call: Call) -> list[list[str]]:
+    return [event["hosts"] for event in events(call) if event["event"] == "attempt"]
+
+
+def attempt_on(call: Call, *hosts: str) -> None:
+    """Wait until the latest attempt is one of these hosts, in this order, and all its ranks have met."""
+
+    def here() -> bool:
+        if not (made := attempts(call)) or made[-1] != list(hosts):
+            return False
+        logs = call.folder / "logs" / f"attempt-{len(made) - 1}"
+        said = [(logs / f"rank-{rank}.log") for rank in range(len(hosts))]
+        return all(
+            path.exists() and f"ranks {rank} {len(hosts)} {hosts[rank]}" in path.read_text()
+            for rank, path in enumerate(said)
+        )
+
+    wait_for(here, 60, f"an attempt on {hosts}; there were {attempts(call)}, {call.process.poll()}")
+
+
+def agents(machines: Machines, name: str) -> list[int]:
+    return [p.pid for p in machines.host(name).processes() if "launcher.agent" in p.command]
+
+
+def test_the_first_host_is_cut_off_and_comes_back(work, machines: Machines) -> None:
+    """It had the attempt's store. The others go on without it at once, and it joins when the cable is mended."""
+    call = work("--hosts", "ada,bob,cyd", "--nodes", "2:3")
+    attempt_on(call, "ada", "bob", "cyd")
+    machines.network.link_down("ada")
+    attempt_on(call, "bob", "cyd")
+    # Nobody reaches it, and still nothing of the run goes on there.
+    wait_for(lambda: not machines.left("launcher", at=("ada",)), 60, "the end of what was cut off")
+    machines.network.link_up("ada")
+    attempt_on(call, "ada", "bob", "cyd")
+    (call.folder / "done").touch()
+    code, _, err = call.end()
+    assert code == 0, err
+    assert [e["status"] for e in events(call) if e["event"] in ("attempt-failed", "attempt-left")] == [
+        "failed", "stopped",
+    ]  # fmt: skip
+    assert "node 0: no longer answers" in err
+    assert "a node joined: ada: asking the ranks to save and leave" in err
+
+
+def test_a_spare_takes_the_place_of_a_host_on_which_all_stands_still(work, machines: Machines) -> None:
+    """What stands still is ended over a new connection, and the host becomes the spare."""
+    call = work("--hosts", "ada,bob,cyd", "--spares", "1")
+    attempt_on(call, "ada", "bob")
+    still = agents(machines, "bob")
+    for pid in still:
+        os.kill(pid, signal.SIGSTOP)
+    attempt_on(call, "ada", "cyd")
+    wait_for(lambda: not set(still) & set(agents(machines, "bob")), 30, "the end of what stood still")
+    wait_for(lambda: any(e["event"] == "node-here" and e["host"] == "bob" for e in events(call)), 60, "bob")
+    assert json.loads((call.folder / "state.json").read_text())["spares"] == ["bob"]
+    (call.folder / "done").touch()
+    code, _, err = call.end()
+    assert code == 0, err
+    assert attempts(call) == [["ada", "bob"], ["ada", "cyd"]]
