@@ -42,7 +42,7 @@ def ours(folder: Folder, ranks: int, tensors: int) -> dict[str, float]:
     data = torch.zeros(ROWS, 2)
     times = {}
     began = time.perf_counter()
-    lay_out([Part(f"model.layers.{i}.weight", (ROWS * ranks, 2), (0, 0), (ROWS, 2), data) for i in range(tensors)])
+    lay_out([[Part(f"model.layers.{i}.weight", (ROWS * ranks, 2), (0, 0), (ROWS, 2), data) for i in range(tensors)]])
     times["one rank lays out its shard"] = time.perf_counter() - began
     folder.make()
     for rank in range(ranks):

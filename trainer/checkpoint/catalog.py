@@ -118,10 +118,7 @@ def damaged_in(store: Folder) -> dict[str, bool]:
 def is_complete(checkpoint: Checkpoint) -> bool:
     """Whether all files of a checkpoint are there with the sizes that its manifest states."""
     sizes = checkpoint.folder.sizes()
-    return all(
-        sizes.get(file.record) == file.record_bytes and sizes.get(file.shard, 0) == file.shard_bytes
-        for file in checkpoint.manifest.files
-    )
+    return all(sizes.get(name) == size for file in checkpoint.manifest.files for name, size in file.sizes.items())
 
 
 def remove_attempt(folder: Folder) -> None:

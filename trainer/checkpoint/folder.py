@@ -19,8 +19,10 @@ from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.spec import AbstractBufferedFile
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
     from datetime import datetime
+
+    from trainer.checkpoint.manifest import Stretch
 
 # Bytes after which the disk is told to start.
 _START_WRITING = 16 << 20
@@ -166,14 +168,20 @@ class Folder:
         else:
             self.fs.pipe_file(f"{self.path}/{name}", content)
 
-    def upload(self, name: str, descriptor: int) -> None:
-        """Write a file, elsewhere than on a local disk, from an open file of this process: in parts, side by side."""
-        if hasattr(self.fs, "_call_s3"):  # s3fs
+    @property
+    def takes_parts(self) -> bool:
+        """Whether `upload` writes several files from one: on s3."""
+        return hasattr(self.fs, "_call_s3")
+
+    def upload(self, stretches: Sequence[Stretch], descriptor: int) -> None:
+        """Write files, elsewhere than on a local disk, from an open file of this process: side by side."""
+        if self.takes_parts:
             from trainer.checkpoint.upload import upload
 
-            upload(self.fs, f"{self.path}/{name}", descriptor)
+            upload(self.fs, self.path, stretches, descriptor)
         else:
-            self.fs.put_file(f"/proc/self/fd/{descriptor}", f"{self.path}/{name}")
+            (whole,) = stretches
+            self.fs.put_file(f"/proc/self/fd/{descriptor}", f"{self.path}/{whole.name}")
 
     def duplicate(self, name: str, target: Folder) -> None:
         """Give a file of this folder a second name, which is there whole, or as it was before."""

@@ -1,13 +1,14 @@
 """What a checkpoint consists of, as JSON: one record per rank, and the manifest that commits them all.
 
-    <store>/<name>/<attempt>/rank-00000.safetensors   the tensors that this rank wrote
+    <store>/<name>/<attempt>/rank-00000.safetensors   the shard: tensors that this rank wrote
                              rank-00000.jsonl         its Record: where each tensor lies, checksums, plain values
                              ...
                              manifest.json            written last. Without it the rest is not a checkpoint
 
 The manifest holds the checksum of every record, a record those of its shard's blocks, and the manifest its own: a
-changed bit anywhere is noticed. `attempt` begins with the time of the save and is never used twice, so no file is
-ever written over.
+changed bit anywhere is noticed. On an object store a large shard is several files (rank-00000-1.safetensors, ...),
+which are written side by side: each is a stretch of the shard, and begins at a multiple of BLOCK. `attempt` begins
+with the time of the save and is never used twice, so no file is ever written over.
 
 Torch-free: the writer's process imports it.
 """
@@ -33,8 +34,16 @@ BLOCK = 1 << 20
 FIRST_LINE = 256
 
 
+class Stretch(NamedTuple):
+    """One file of a shard: its bytes [begin, begin + size)."""
+
+    name: str
+    begin: int
+    size: int
+
+
 class Piece(NamedTuple):
-    """A box of a tensor that lies in one shard: `offset` and `size` per dimension, and its bytes in the file.
+    """A box of a tensor that lies in one shard: `offset` and `size` per dimension, and its bytes in the shard.
 
     A tuple, since a checkpoint of 1,024 ranks has a million of them: a frozen dataclass takes 4 x as long to make.
     """
@@ -52,6 +61,7 @@ class Piece(NamedTuple):
 class Record:
     """One rank's part of a checkpoint. `blocks` are the checksums of the shard's blocks of BLOCK bytes.
 
+    cuts: sizes of the shard's files, where there are several.
     state: the skeleton (see `values`) of what all ranks share, from rank 0 only. rank_state: that of the rank's own.
     """
 
@@ -62,6 +72,12 @@ class Record:
     blocks: tuple[str, ...]
     state: Any
     rank_state: Any
+    cuts: tuple[int, ...] = ()
+
+    @property
+    def stretches(self) -> tuple[Stretch, ...]:
+        """The files of the shard."""
+        return _stretches(self.rank, self.shard_bytes, self.cuts)
 
     def dump(self) -> bytes:
         """The record as a file: a first line that confirms the second."""
@@ -72,7 +88,9 @@ class Record:
         }  # fmt: skip
         # Not sorted: the order of a dict is part of the state.
         body = json.dumps(described, separators=(",", ":"), allow_nan=False).encode()
-        first = {"checksum": checksum(body), "bytes": len(body), "shard_bytes": self.shard_bytes}
+        first: dict[str, Any] = {"checksum": checksum(body), "bytes": len(body), "shard_bytes": self.shard_bytes}
+        if self.cuts:
+            first["cuts"] = self.cuts
         return json.dumps(first).encode() + b"\n" + body
 
     @classmethod
@@ -84,17 +102,21 @@ class Record:
             raise CheckpointDamagedError(f"{where} is damaged: its checksum does not fit its content.")
         read = json.loads(body)
         return cls(read["rank"], _pieces(read["pieces"]), _pieces(read["rank_pieces"]), file.shard_bytes,
-                   tuple(read["blocks"]), read["state"], read["rank_state"])  # fmt: skip
+                   tuple(read["blocks"]), read["state"], read["rank_state"], file.cuts)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class File:
-    """One rank's two files, as the manifest confirms them. A rank without tensors has a shard of 0 bytes: none."""
+    """One rank's files, as the manifest confirms them. A rank without tensors has a shard of 0 bytes: none.
+
+    cuts: sizes of the shard's files, where there are several.
+    """
 
     rank: int
     record_bytes: int
     record_checksum: str
     shard_bytes: int
+    cuts: tuple[int, ...] = ()
 
     @classmethod
     def parse(cls, beginning: bytes, rank: int, where: str) -> File:
@@ -102,7 +124,8 @@ class File:
         line = beginning.partition(b"\n")[0]
         try:
             read = json.loads(line)
-            return cls(rank, len(line) + 1 + read["bytes"], read["checksum"], read["shard_bytes"])
+            cuts = tuple(read.get("cuts", ()))
+            return cls(rank, len(line) + 1 + read["bytes"], read["checksum"], read["shard_bytes"], cuts)
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointDamagedError(f"{where} is damaged: its first line is not whole.") from error
 
@@ -112,9 +135,14 @@ class File:
         return record_name(self.rank)
 
     @property
-    def shard(self) -> str:
-        """Name of the shard."""
-        return shard_name(self.rank)
+    def sizes(self) -> dict[str, int]:
+        """All its files by name, with their sizes."""
+        return {self.record: self.record_bytes} | {s.name: s.size for s in self.stretches}
+
+    @property
+    def stretches(self) -> tuple[Stretch, ...]:
+        """The files of the shard."""
+        return _stretches(self.rank, self.shard_bytes, self.cuts)
 
 
 @dataclass(frozen=True)
@@ -159,7 +187,7 @@ class Manifest:
             raise CheckpointError(
                 f"{where} has checkpoint format {body['format']}; this version reads {FORMAT}. Update the package."
             )
-        files = tuple(File(**f) for f in body["files"])
+        files = tuple(File(**f | {"cuts": tuple(f.get("cuts", ()))}) for f in body["files"])
         return cls(files=files, **{k: body[k] for k in
                    ("name", "attempt", "step", "world_size", "created", "extra", "versions")})  # fmt: skip
 
@@ -169,9 +197,18 @@ def record_name(rank: int) -> str:
     return f"rank-{rank:05d}.jsonl"
 
 
-def shard_name(rank: int) -> str:
-    """File name of a rank's shard."""
-    return f"rank-{rank:05d}.safetensors"
+def next_block(position: int) -> int:
+    """The next place in a shard, or this one, where a block begins."""
+    return -(-position // BLOCK) * BLOCK
+
+
+def _stretches(rank: int, shard_bytes: int, cuts: tuple[int, ...]) -> tuple[Stretch, ...]:
+    stretches, begin = [], 0
+    for number, size in enumerate(cuts or ((shard_bytes,) if shard_bytes else ())):
+        suffix = f"-{number}" if number else ""
+        stretches.append(Stretch(f"rank-{rank:05d}{suffix}.safetensors", begin, size))
+        begin = next_block(begin + size)
+    return tuple(stretches)
 
 
 def new_attempt() -> str:

@@ -10,14 +10,14 @@ are small.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from trainer.checkpoint.values import is_dtensor
 from trainer.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Container, Mapping, Sequence
 
     import torch
 
@@ -84,13 +84,47 @@ def _rows_of_rank(
             if rank == 0:
                 rows[key] = (0, shape[0] if shape else 1)
             continue
-        row = size // shape[0]
-        # A cut in the middle of a row goes to its nearer edge; both neighbours round alike, so nothing is lost.
-        first, last = (min(max(0, _nearest(edge - position, row)), shape[0]) for edge in (begin, end))
+        first, last = _rows_between(begin - position, end - position, shape[0], size)
         if first < last:
             rows[key] = (first, last)
         position += size
     return rows
+
+
+def cut(parts: Sequence[Part], count: int, whole: Container[str]) -> list[list[Part]]:
+    """The parts in `count` groups of about the same size in bytes. Large ones are cut at rows, but those of `whole`."""
+    sizes = [part.data.numel() * part.data.element_size() for part in parts]
+    total = sum(sizes)
+    groups: list[list[Part]] = [[] for _ in range(count)]
+    position = 0
+    for part, size in zip(parts, sizes, strict=True):
+        if size == 0:
+            groups[0].append(part)
+            continue
+        rows = part.size[0] if size >= SPLIT and part.size and part.key not in whole else 1
+        for number, group in enumerate(groups):
+            begin, end = (total * n // count - position for n in (number, number + 1))
+            first, last = _rows_between(begin, end, rows, size)
+            if (first, last) == (0, rows):
+                group.append(part)
+            elif first < last:
+                group.append(_rows_of(part, first, last))
+        position += size
+    return groups
+
+
+def _rows_of(part: Part, first: int, last: int) -> Part:
+    data = part.data[first:last]
+    return replace(part, offset=(part.offset[0] + first, *part.offset[1:]), size=tuple(data.shape), data=data)
+
+
+def _rows_between(begin: int, end: int, rows: int, size: int) -> tuple[int, int]:
+    """The rows [first, last) of a box of `size` bytes that lie between two of its bytes.
+
+    A cut in the middle of a row goes to its nearer edge; both neighbours round alike, so nothing is lost.
+    """
+    first, last = (min(max(0, _nearest(edge, size // rows)), rows) for edge in (begin, end))
+    return first, last
 
 
 def _nearest(numerator: int, denominator: int) -> int:

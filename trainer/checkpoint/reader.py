@@ -16,7 +16,9 @@ from trainer.checkpoint.manifest import (
     File,
     Piece,
     Record,
+    Stretch,
     block_checksum,
+    next_block,
 )
 from trainer.checkpoint.shards import bytes_of, dtype_of
 from trainer.checkpoint.values import is_dtensor
@@ -134,11 +136,12 @@ class Reading:
             CheckpointDamagedError: a shard is missing, cut off or changed; names the file and the place.
         """
         tasks: list[Callable[[], None]] = []
-        opened: list[_Shard] = []
+        opened: list[_File] = []
         for rank, requests in sorted(self._requests.items()):
-            shard = _Shard(self._contents.checkpoint.folder, self._contents.records[rank])
-            opened.append(shard)
-            tasks += [partial(shard.read, *run) for run in _runs(requests)]
+            runs = _runs(requests)
+            for shard in _shard_of(self._contents.checkpoint.folder, self._contents.records[rank]):
+                opened.append(shard)
+                tasks += [partial(shard.read, *run) for run in runs if shard.first < run[1] and run[0] < shard.last]
         try:
             with ThreadPoolExecutor(_THREADS) as pool:
                 futures = [pool.submit(task) for task in tasks]
@@ -204,13 +207,20 @@ def _runs(requests: list[Request]) -> list[tuple[int, int, list[Request]]]:
     return runs
 
 
-class _Shard:
-    """One shard, read by blocks; safe to use from several threads."""
+def _shard_of(folder: Folder, record: Record) -> list[_File]:
+    return [_File(folder, stretch, record.blocks) for stretch in record.stretches]
 
-    def __init__(self, folder: Folder, record: Record) -> None:
+
+class _File:
+    """One file of a shard, read by the shard's blocks [first, last); safe to use from several threads."""
+
+    def __init__(self, folder: Folder, stretch: Stretch, blocks: tuple[str, ...]) -> None:
         self._folder = folder
-        self._record = record
-        self._name = f"rank-{record.rank:05d}.safetensors"
+        self._stretch = stretch
+        self._blocks = blocks
+        self._end = stretch.begin + stretch.size
+        self.first, self.last = stretch.begin // BLOCK, next_block(self._end) // BLOCK
+        self._name = stretch.name
         self._path = f"{folder.path}/{self._name}"
         self._lock = threading.Lock()
         self._descriptor: int | None = None
@@ -221,13 +231,14 @@ class _Shard:
             os.close(self._descriptor)
 
     def read(self, first: int, last: int, requests: Iterable[Request]) -> None:
-        """Read and verify blocks [first, last), and hand their bytes out."""
+        """Read and verify those of the blocks [first, last) that lie here, and hand their bytes out."""
+        first, last = max(first, self.first), min(last, self.last)
         if self._folder.local:
             scratch = memoryview(bytearray(BLOCK))
             for block in range(first, last):
                 self._read_block(block, requests, scratch)
             return
-        begin, end = first * BLOCK, min(last * BLOCK, self._record.shard_bytes)
+        begin, end = first * BLOCK, min(last * BLOCK, self._end)
         content = memoryview(self._fetched(begin, end))
         self._check_length(begin, end, len(content))
         for block in range(first, last):
@@ -236,7 +247,7 @@ class _Shard:
 
     def _read_block(self, block: int, requests: Iterable[Request], scratch: memoryview) -> None:
         """The same for one block of a local file: straight into its place if it all belongs to one tensor."""
-        begin, end = block * BLOCK, min((block + 1) * BLOCK, self._record.shard_bytes)
+        begin, end = block * BLOCK, min((block + 1) * BLOCK, self._end)
         concerned = [r for r in requests if r.begin < end and begin < r.end]
         if len(concerned) == 1 and concerned[0].begin <= begin and end <= concerned[0].end:
             only = concerned[0]
@@ -258,30 +269,32 @@ class _Shard:
                     raise CheckpointDamagedError(f"{self._folder}/{self._name} is missing.") from error
         got = 0
         while got < len(target):
-            count = os.preadv(self._descriptor, [target[got:]], begin + got)
+            count = os.preadv(self._descriptor, [target[got:]], begin - self._stretch.begin + got)
             if count == 0:
                 break
             got += count
         self._check_length(begin, begin + len(target), got)
 
     def _fetched(self, begin: int, end: int) -> bytearray:
+        at = self._stretch.begin
         try:
-            return bytearray(self._folder.fs.cat_file(self._path, start=begin, end=end))
+            return bytearray(self._folder.fs.cat_file(self._path, start=begin - at, end=end - at))
         except FileNotFoundError as error:
             raise CheckpointDamagedError(f"{self._folder}/{self._name} is missing.") from error
 
     def _check_length(self, begin: int, end: int, got: int) -> None:
         if got != end - begin:
             raise CheckpointDamagedError(
-                f"{self._folder}/{self._name} is cut off: {self._record.shard_bytes} bytes were written, it ends at "
-                f"{begin + got}."
+                f"{self._folder}/{self._name} is cut off: {self._stretch.size} bytes were written, it ends at "
+                f"{begin - self._stretch.begin + got}."
             )
 
     def _check(self, block: int, content: memoryview) -> None:
-        if block_checksum(content) != self._record.blocks[block]:
+        if block_checksum(content) != self._blocks[block]:
+            begin = block * BLOCK - self._stretch.begin
             raise CheckpointDamagedError(
-                f"{self._folder}/{self._name} is damaged: the checksum of bytes {block * BLOCK} to "
-                f"{block * BLOCK + len(content)} does not fit."
+                f"{self._folder}/{self._name} is damaged: the checksum of bytes {begin} to {begin + len(content)} does "
+                "not fit."
             )
 
 
@@ -290,6 +303,8 @@ def _hand_out(content: memoryview, begin: int, requests: Iterable[Request]) -> N
     flat = torch.frombuffer(content, dtype=torch.uint8)
     for request in requests:
         a, b = max(request.begin, begin), min(request.end, begin + len(content))
+        if a >= b:  # it is of another file
+            continue
         request.target[a - request.begin : b - request.begin].copy_(flat[a - begin : b - begin])
 
 
@@ -299,14 +314,15 @@ def verify(checkpoint: Checkpoint, report: Callable[[str], object] = lambda _: N
     for file in checkpoint.manifest.files:
         try:
             record = _read_record(checkpoint.folder, file)
-            shard = _Shard(checkpoint.folder, record)
-            try:
-                last = len(record.blocks)
-                with ThreadPoolExecutor(_THREADS) as pool:
-                    list(pool.map(lambda b: shard.read(b, min(b + _RUN, last), ()), range(0, last, _RUN)))  # noqa: B023
-            finally:
-                shard.close()
-            report(f"{file.shard}: {file.shard_bytes} bytes, whole")
+            for shard in _shard_of(checkpoint.folder, record):
+                try:
+                    with ThreadPoolExecutor(_THREADS) as pool:
+                        begins = range(shard.first, shard.last, _RUN)
+                        list(pool.map(lambda b: shard.read(b, b + _RUN, ()), begins))  # noqa: B023
+                finally:
+                    shard.close()
+            for stretch in file.stretches:
+                report(f"{stretch.name}: {stretch.size} bytes, whole")
         except CheckpointDamagedError as error:  # noqa: PERF203 - a turn reads a whole shard
             problems.append(str(error))
     return problems

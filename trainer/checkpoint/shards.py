@@ -1,4 +1,4 @@
-"""A rank's shard: a safetensors file that says of each tensor where it lies in the whole one.
+"""A rank's shard: safetensors files that say of each tensor where it lies in the whole one.
 
 The layout is safetensors' (8 bytes: length of the header; the header, JSON; the data). `DCP_SHARDING_INFO` in its
 metadata is what `torch.distributed.checkpoint.HuggingFaceStorageReader` reads to put shards together.
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from trainer.checkpoint.manifest import Piece
+from trainer.checkpoint.manifest import Piece, next_block
 from trainer.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -35,19 +35,35 @@ _ALIGNMENT = 64
 
 @dataclass(frozen=True)
 class Layout:
-    """The header of a shard, its size, and where each part lies in the file."""
+    """The shard's size, its files' headers by their places in it, where each part lies, and the sizes of its files."""
 
-    header: bytes
+    headers: dict[int, bytes]
     bytes: int
     pieces: tuple[Piece, ...]
+    files: tuple[int, ...]
 
 
-def lay_out(parts: Sequence[Part]) -> Layout:
-    """Where the parts come to lie. They are ordered by element size, so that each is aligned to its own.
+def lay_out(groups: Sequence[Sequence[Part]]) -> Layout:
+    """Where the parts come to lie: a file for each group that is not empty.
 
     Raises:
         CheckpointError: a dtype that safetensors has no name for.
     """
+    headers: dict[int, bytes] = {}
+    pieces: list[Piece] = []
+    files: list[int] = []
+    end = 0
+    for parts in groups:
+        if parts:
+            begin = next_block(end)
+            headers[begin], of_file, end = _lay_out_file(parts, begin)
+            pieces += of_file
+            files.append(end - begin)
+    return Layout(headers, end, tuple(pieces), tuple(files))
+
+
+def _lay_out_file(parts: Sequence[Part], begin: int) -> tuple[bytes, list[Piece], int]:
+    """A file's header, its pieces, and where it ends. The parts are ordered by element size, so each is aligned."""
     entries: dict[str, object] = {}
     places: list[tuple[Part, str, int, int]] = []
     position = 0
@@ -64,9 +80,9 @@ def lay_out(parts: Sequence[Part]) -> Layout:
     metadata = {"format": "pt", "DCP_VERSION": "1.0", "DCP_SHARDING_INFO": json.dumps(sharding)}
     header = json.dumps({"__metadata__": metadata, **entries}, separators=(",", ":")).encode()
     header += b" " * (-(8 + len(header)) % _ALIGNMENT)
-    start = 8 + len(header)
-    pieces = tuple(Piece(p.key, name, p.shape, p.offset, p.size, start + a, start + b) for p, name, a, b in places)
-    return Layout(struct.pack("<Q", len(header)) + header, start + position, pieces)
+    start = begin + 8 + len(header)
+    pieces = [Piece(p.key, name, p.shape, p.offset, p.size, start + a, start + b) for p, name, a, b in places]
+    return struct.pack("<Q", len(header)) + header, pieces, start + position
 
 
 def dtype_of(piece: Piece) -> torch.dtype:

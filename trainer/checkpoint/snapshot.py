@@ -73,11 +73,12 @@ class Snapshot:
     def fill(self, layout: Layout, parts: Sequence[Part]) -> None:
         """Copy a shard; on return the tensors may change. Raises OSError: there is no memory."""
         flat = self.reserve(layout.bytes, pinned=any(part.data.is_cuda for part in parts))
-        flat[: len(layout.header)] = torch.frombuffer(bytearray(layout.header), dtype=torch.uint8)
-        data = {part.key: part.data for part in parts}
+        for begin, header in layout.headers.items():
+            flat[begin : begin + len(header)] = torch.frombuffer(bytearray(header), dtype=torch.uint8)
+        data = {(part.key, part.offset): part.data for part in parts}
         devices = set()
         for piece in layout.pieces:
-            source = data[piece.key]
+            source = data[piece.key, piece.offset]
             if piece.begin < piece.end:
                 target = flat[piece.begin : piece.end].view(source.dtype).view(source.shape)
                 target.copy_(source, non_blocking=self._pinned)

@@ -16,8 +16,8 @@ from trainer.checkpoint.background import Alone, Background, Ranks, Saved
 from trainer.checkpoint.catalog import Checkpoint
 from trainer.checkpoint.folder import Folder
 from trainer.checkpoint.job import Commit, ShardJob
-from trainer.checkpoint.manifest import DAMAGED, Manifest, Record, new_attempt
-from trainer.checkpoint.plan import Part, outline, parts_of_rank, structure
+from trainer.checkpoint.manifest import DAMAGED, Manifest, Record, new_attempt, next_block
+from trainer.checkpoint.plan import Part, cut, outline, parts_of_rank, structure
 from trainer.checkpoint.reader import Contents, Reading
 from trainer.checkpoint.saved import After, process_start
 from trainer.checkpoint.shards import Layout, bytes_of, lay_out
@@ -35,6 +35,10 @@ if TYPE_CHECKING:
 
 
 _T = TypeVar("_T")
+
+# Where a shard is written as several files side by side: how many, and the bytes below which that is not worth it.
+_FILES = 4
+_SMALLEST_FILE = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -132,7 +136,8 @@ class Store:
         self.wait()
         name = name if name is not None else f"step-{step:012d}"
         _check_name(name)
-        attempt, prepared = self._agree(lambda: _prepare(state, rank_state or {}, extra or {}, self.world))
+        files = _FILES if self.folder.takes_parts else 1
+        attempt, prepared = self._agree(lambda: _prepare(state, rank_state or {}, extra or {}, self.world, files))
         task = self._job(prepared.record, Manifest(
             name, attempt, step, self.world.size, (), time.time(), dict(extra or {}),
             {"python": platform.python_version(), "torch": str(torch.__version__)},
@@ -314,15 +319,18 @@ class _Prepared:
         return cut_into_blocks(self._views()) if self.layout.pieces else iter(())
 
     def _views(self) -> Iterator[memoryview]:
-        yield memoryview(self.layout.header)
-        by_key = {part.key: part.data for part in self.parts}
+        data = {(part.key, part.offset): part.data for part in self.parts}
+        position = 0
         for piece in self.layout.pieces:
-            data = bytes_of(by_key[piece.key].cpu().contiguous())
-            yield memoryview(data.numpy())  # type: ignore[arg-type]
+            if piece.begin != position:  # it is the first of a file
+                begin = next_block(position)
+                yield memoryview(bytes(begin - position) + self.layout.headers[begin])
+            yield memoryview(bytes_of(data[piece.key, piece.offset].cpu().contiguous()).numpy())  # type: ignore[arg-type]
+            position = piece.end
 
 
 def _prepare(
-    state: Mapping[str, Any], rank_state: Mapping[str, Any], extra: Mapping[str, Any], world: Ranks
+    state: Mapping[str, Any], rank_state: Mapping[str, Any], extra: Mapping[str, Any], world: Ranks, files: int
 ) -> _Prepared:
     try:
         json.dumps(extra)
@@ -338,18 +346,22 @@ def _prepare(
         raise CheckpointError(f"The state's key {clash} is spelled like one of rank_state; rename it.")
     shared = parts_of_rank(tensors, world.rank, world.size)
     own = [Part(k, tuple(t.shape), (0,) * t.dim(), tuple(t.shape), t) for k, t in own_tensors.items()]
-    layout = lay_out([*shared, *own])
     of_rank = {part.key for part in own}
+    parts = [*shared, *own]
+    size = sum(part.data.numel() * part.data.element_size() for part in parts)
+    groups = cut(parts, min(files, max(1, size // _SMALLEST_FILE)), whole=of_rank)
+    layout = lay_out(groups)
     record = Record(
         world.rank,
         tuple(p for p in layout.pieces if p.key not in of_rank),
         tuple(p for p in layout.pieces if p.key in of_rank),
-        layout.bytes if layout.pieces else 0,
+        layout.bytes,
         (),
         skeleton if world.rank == 0 else None,
         own_skeleton,
+        layout.files if len(layout.files) > 1 else (),
     )
-    return _Prepared(record, layout, [*shared, *own], structure(tensors), outline(tensors))
+    return _Prepared(record, layout, [part for group in groups for part in group], structure(tensors), outline(tensors))
 
 
 def _load(checkpoint: Checkpoint, state_like: Mapping[str, Any] | None, world: Ranks, *, orphans: bool) -> Loaded:

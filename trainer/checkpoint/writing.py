@@ -9,7 +9,7 @@ import json
 import os
 import time
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, islice
 from typing import TYPE_CHECKING
 
 from trainer.checkpoint.manifest import (
@@ -19,11 +19,11 @@ from trainer.checkpoint.manifest import (
     File,
     Manifest,
     Record,
+    Stretch,
     block_checksum,
     record_name,
-    shard_name,
 )
-from trainer.checkpoint.seal import seal_of
+from trainer.checkpoint.seal import SEAL_BYTES, seal_of
 from trainer.errors import CheckpointDamagedError, CheckpointWriteError
 
 if TYPE_CHECKING:
@@ -51,13 +51,15 @@ def write_part(folder: Folder, record: Record, content: Content) -> None:
     try:
         folder.make()
         checksums: list[str] = []
-        if record.shard_bytes:
-            hashed = _hashed(content.blocks, checksums)
+        blocks = iter(content.blocks)
+        for stretch in record.stretches:
+            hashed = _hashed(_of_stretch(blocks, stretch.size), checksums)
             if content.descriptor is None or folder.local:
-                folder.write_blocks(shard_name(record.rank), hashed)
+                folder.write_blocks(stretch.name, hashed)
             else:
                 _exhaust(hashed)
-                folder.upload(shard_name(record.rank), content.descriptor)
+        if record.stretches and content.descriptor is not None and not folder.local:
+            folder.upload(record.stretches, content.descriptor)
         folder.write_whole(record_name(record.rank), replace(record, blocks=tuple(checksums)).dump())
     except Exception as error:
         try:
@@ -77,7 +79,7 @@ def write_file(folder: Folder, name: str, content: Content) -> None:
         return
     size = sum(len(block) for block in hashed)
     os.pwrite(content.descriptor, seal_of(checksums), size)
-    folder.upload(name, content.descriptor)
+    folder.upload([Stretch(name, 0, size + SEAL_BYTES)], content.descriptor)
 
 
 def commit(folder: Folder, manifest: Manifest, timeout_s: float) -> Manifest:
@@ -95,8 +97,7 @@ def commit(folder: Folder, manifest: Manifest, timeout_s: float) -> Manifest:
             file = File.parse(bytes(beginning), rank, where)
         except CheckpointDamagedError as error:
             raise CheckpointWriteError(f"The store changed {where} while it was written.") from error
-        wanted = {file.record: file.record_bytes} | ({file.shard: file.shard_bytes} if file.shard_bytes else {})
-        for name, size in wanted.items():
+        for name, size in file.sizes.items():
             if sizes.get(name) != size:
                 raise CheckpointWriteError(
                     f"The store lost a part of {folder}/{name}: {size} bytes were written, {sizes.get(name, 0)} are "
@@ -175,6 +176,13 @@ def _hashed(blocks: Iterable[memoryview], checksums: list[str]) -> Iterator[memo
         # Just before it is written, while it is in the cache.
         checksums.append(block_checksum(block))
         yield block
+
+
+def _of_stretch(blocks: Iterator[memoryview], size: int) -> Iterator[memoryview]:
+    """The next blocks, as far as they belong to a file of so many bytes; the rest of the last is a gap."""
+    for block in islice(blocks, -(-size // BLOCK)):
+        yield block[:size]
+        size -= len(block)
 
 
 def _exhaust(blocks: Iterable[memoryview]) -> None:
