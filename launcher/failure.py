@@ -17,7 +17,17 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
-__all__ = ["RankExit", "RootCause", "find_root", "read_error_file", "render", "signal_name"]
+__all__ = [
+    "RankExit",
+    "RootCause",
+    "exception_in",
+    "exception_line",
+    "find_root",
+    "how_it_ended",
+    "read_error_file",
+    "render",
+    "signal_name",
+]
 
 # What gloo, NCCL, the TCP store and DDP say when somebody else went away. Read from torch 2.11 to 2.15's sources and
 # from runs in which a peer was killed.
@@ -27,9 +37,18 @@ _LOST_PEER = re.compile(
     r"Timed out waiting \d+ms for (?:send|recv) operation|Socket Timeout|failed to recv, got 0 bytes|"
     r"wait timeout after|Application timeout caused pair closure|DistNetworkError|DistStoreError|"
     r"connectFullMesh failed|Read error|Failed to (?:connect|recv|send)|Connection was likely closed|"
-    r"lost (?:its|a) peer|watchdog (?:thread|caught)|collective operation timeout",
+    r"lost (?:its|a) peer|watchdog (?:thread terminated|caught|got stuck|hang)|collective operation timeout|"
+    r"Socket (?:unexpectedly )?closed|Remote peer closed|remote error detected from rank|collective timeout|"
+    r"NCCL communicator encountered error|NCCL (?:operations have failed or )?timed? ?out|NCCL operation timed out|"
+    r"client socket has timed out|TCP client failed to connect|monitoredBarrier|Aborting all communicators|"
+    r"(?:Connect|Read) timeout |did not complete during reconfigure",
     re.IGNORECASE,
 )  # fmt: skip
+# NCCL's watchdog also passes on what the rank's own kernels did.
+_OWN_DEVICE = re.compile(r"CUDA error: |CUDA out of memory|device-side assert|uncorrectable", re.IGNORECASE)
+
+_HEAD = "Traceback (most recent call last):"
+_EXCEPTION = re.compile(r"(?P<type>[A-Za-z_][\w.]*)(?:: (?P<message>.*))?")
 
 
 @dataclass(frozen=True)
@@ -59,19 +78,34 @@ class RankExit:
         return told if isinstance(told, int) else self.ended_ns
 
     @property
+    def raised(self) -> str | None:
+        """Its exception, as the last line of a traceback has it; None if it told none."""
+        if self.error is None:
+            return None
+        kind, message = self.error.get("type", ""), str(self.error.get("message", ""))
+        return f"{kind}: {message}" if kind and message else kind or message
+
+    @property
     def failed(self) -> bool:
         """Ended on its own account with something other than success or "run me again"."""
         return self.code not in (0, 75) and not (self.asked and self.error is None)
 
     @property
+    def ended_while_leaving(self) -> bool:
+        """It had raised an exception, and was still on its way out when the others were stopped, and it with them."""
+        return self.error is not None and self.code in (-signal.SIGTERM, -signal.SIGKILL)
+
+    @property
     def lost_peer(self) -> bool:
         """Only says that another rank went away."""
-        if self.error is not None:
-            return bool(_LOST_PEER.search(f"{self.error.get('type', '')}: {self.error.get('message', '')}"))
-        if self.code > 0 or self.code == -signal.SIGABRT:
+        if self.raised is not None:
+            said = self.raised
+        elif self.code > 0 or self.code == -signal.SIGABRT:
             # A C++ abort or a program of another kind: its last words decide.
-            return bool(_LOST_PEER.search("\n".join(self.tail[-15:])))
-        return False
+            said = "\n".join(self.tail[-15:])
+        else:
+            return False
+        return bool(_LOST_PEER.search(said)) and not _OWN_DEVICE.search(said)
 
     def on_clock(self, shift_ns: int) -> RankExit:
         """The same exit, its times moved to another node's monotonic clock."""
@@ -99,6 +133,8 @@ class RootCause:
     @property
     def exit_code(self) -> int:
         """What `launch` exits with: the rank's code, 128+n for a signal, 1 for a rank that left with 0."""
+        if self.exit.ended_while_leaving:
+            return 1
         if self.exit.code < 0:
             return 128 - self.exit.code
         return self.exit.code or 1
@@ -154,17 +190,46 @@ def read_error_file(path: Path) -> dict[str, Any] | None:
     return record
 
 
+def exception_in(lines: Iterable[str]) -> dict[str, Any] | None:
+    """The record of an exception by the traceback that ends what a program printed, where an interpreter of its own ran
+    it and left no record. None if there is none.
+    """
+    lines = list(lines)
+    start = next((i for i in range(len(lines) - 1, -1, -1) if lines[i] == _HEAD), None)
+    if start is None:
+        return None
+    end = next((i for i in range(start + 1, len(lines)) if lines[i] and not lines[i].startswith(" ")), None)
+    found = None if end is None else _EXCEPTION.fullmatch(lines[end])
+    if found is None:
+        return None
+    trace = "\n".join(lines[start : lines.index(lines[end], start) + 1])
+    return {"type": found["type"], "message": found["message"] or "", "traceback": trace}
+
+
+def exception_line(trace: str) -> str:
+    """The first line of the exception in a traceback: with its module, as the interpreter prints it."""
+    lines = trace.rstrip().splitlines()
+    start = max((i for i, line in enumerate(lines) if line == _HEAD), default=-1)
+    return next((line for line in lines[start + 1 :] if line and not line.startswith(" ")), "") if start >= 0 else ""
+
+
 def how_it_ended(ended: RankExit) -> str:
+    said = "" if ended.raised is None else ended.raised.partition("\n")[0][:200]
+    if ended.ended_while_leaving:
+        return f"raised {said}"
     if ended.code < 0:
         text = f"was killed by {signal_name(-ended.code)}"
         if ended.killed_for_memory:
             text += " (out of memory: the kernel's OOM killer was at work)"
         return text
-    return f"exited with code {ended.code}"
+    return f"exited with code {ended.code}{f' ({said})' if said else ''}"
 
 
-def render(cause: RootCause, world_size: int) -> str:
-    """The report that stands last on the screen: rank, host, how, traceback or last lines, path of the log."""
+def render(cause: RootCause, world_size: int, fault: str = "") -> str:
+    """The report that stands last on the screen: rank, host, how, traceback or last lines, path of the log.
+
+    fault: of which class it is, by which evidence.
+    """
     ended = cause.exit
     lines = [f"rank {ended.rank} of {world_size} on {ended.host} (local rank {ended.local_rank}, pid {ended.pid}) "]
     if cause.left_early:
@@ -174,6 +239,8 @@ def render(cause: RootCause, world_size: int) -> str:
     if cause.followers:
         shown = ", ".join(map(str, cause.followers[:16])) + (", ..." if len(cause.followers) > 16 else "")
         lines.append(f"after it failed: rank{'s' if len(cause.followers) > 1 else ''} {shown}")
+    if fault and ended.code != -signal.SIGINT:  # whoever pressed Ctrl-C knows
+        lines.append(f"class of fault: {fault}")
     if not ended.log:
         return "\n".join(lines)  # the program had the terminal, and what it said stands there
     trace = (ended.error or {}).get("traceback") or ""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from launcher.failure import RankExit, find_root, read_error_file, render
+from launcher.failure import RankExit, exception_in, find_root, read_error_file, render
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -41,6 +41,8 @@ TABLE = [
     ("asked and broke then", [at(0, 1, 3, says=PEER), at(1, 1, 4, says="in cleanup", asked=True)], (0, (), False)),
     ("only broke when asked", [at(0, 75, 1, asked=True), at(1, 1, 4, says="disk full", asked=True)], (1, (), False)),
     ("asked, success is no desertion", [at(0, 0, 5, asked=True), at(1, 1, 3, says=PEER)], (1, (), False)),
+    ("raised, and stopped on its way out", [at(0, 1, 3, raised=2, says=PEER), at(1, -15, 5, raised=1, says="assert",
+     )], (1, (0,), False)),
     ("143 after being asked", [at(0, 143, 5, asked=True), at(1, -9, 3)], (1, (), False)),
 ]  # fmt: skip
 
@@ -63,13 +65,25 @@ def test_root(exits: list[RankExit], wanted: tuple[int, tuple[int, ...], bool] |
         "recvValue failed on SocketImpl(fd=3, remote=[localhost]:2): Failed to recv, got 0 bytes.",
         "Gloo connectFullMesh failed with [..] no error",
         "The client socket has failed to connect to any network address: Connection refused",
+        "[Rank 3] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=5, ...) ran for 600010",
+        "[PG ID 0 Rank 1] Process group watchdog thread terminated with exception: NCCL error: remote process exited",
+        "[PG ID 0 Rank 1] ProcessGroupNCCL's watchdog got stuck for 480 seconds without making progress",
+        "[Rank 0]: Rank 2 failed to pass monitoredBarrier in 30000 ms",
+        "The client socket has timed out after 60000ms while trying to connect to (10.0.0.2, 4000).",
+        "NCCL communicator encountered error set by ProcessGroupNCCL: collective timeout",
+        "Socket closed [10.0.0.3]:4000",
+        "Remote peer closed the connection.",
     ],
 )
 def test_what_torch_says_of_a_lost_peer(says: str) -> None:
     assert at(0, 1, 0, says=says).lost_peer
 
 
-@pytest.mark.parametrize("says", ["no such label: 17", "CUDA out of memory", "shapes cannot be multiplied", ""])
+@pytest.mark.parametrize(
+    "says",
+    ["no such label: 17", "CUDA out of memory", "shapes cannot be multiplied", "",
+     "Process group watchdog thread terminated with exception: CUDA error: device-side assert triggered"],
+)  # fmt: skip
 def test_what_is_a_fault_of_ones_own(says: str) -> None:
     assert not at(0, 1, 0, says=says).lost_peer
 
@@ -105,6 +119,30 @@ def test_error_files(tmp_path: Path) -> None:
     assert read_error_file(path) == {"type": "ValueError", "message": "a: b", "traceback": "Traceback..."}
 
 
+def test_an_exception_that_an_interpreter_of_its_own_printed() -> None:
+    lines = ["step 3", "Traceback (most recent call last):", '  File "job.py", line 3, in <module>', "    fail()",
+             "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB", "[W101] destroyed"]  # fmt: skip
+    found = exception_in(lines)
+    assert found is not None
+    assert (found["type"], found["message"]) == (
+        "torch.OutOfMemoryError", "CUDA out of memory. Tried to allocate 2 GiB",
+    )  # fmt: skip
+    assert found["traceback"].splitlines() == lines[1:5]
+    bare = exception_in(["Traceback (most recent call last):", '  File "x"', "AssertionError"])
+    assert bare is not None
+    assert (bare["type"], bare["message"]) == ("AssertionError", "")
+    for nothing in ([], ["step 3"], ["Traceback (most recent call last):", '  File "x"']):
+        assert exception_in(nothing) is None
+
+
+def test_a_rank_that_was_stopped_on_its_way_out_is_told_by_its_exception() -> None:
+    """Its exit code was that of our own SIGTERM, and the report named that."""
+    root = find_root([at(0, 1, 3, raised=2, says=PEER), at(1, -15, 5, raised=1, says="boom")])
+    assert root is not None
+    assert root.exit_code == 1
+    assert render(root, 2).splitlines()[0].endswith("failed first: it raised RuntimeError: boom")
+
+
 def test_the_report() -> None:
     many = [at(r, 1, 10 + r, says=PEER) for r in range(1, 40)]
     root = find_root([at(0, -11, 1, tail=tuple(f"line {i}" for i in range(60))), *many])
@@ -119,6 +157,7 @@ def test_the_report() -> None:
     alone = find_root([at(0, 1, 1, says="x")])
     assert alone is not None
     assert render(alone, 1).splitlines() == [
-        "rank 0 of 1 on host (local rank 0, pid 100) failed: it exited with code 1", "", "Traceback", "x", "",
+        "rank 0 of 1 on host (local rank 0, pid 100) failed: it exited with code 1 (RuntimeError: x)",
+        "", "Traceback", "x", "",
         "log: /logs/0",
     ]  # fmt: skip
