@@ -26,7 +26,7 @@ from torch.distributed.elastic.rendezvous.api import (
 )
 
 from launcher.errors import MeetingError
-from launcher.topology import World, places
+from launcher.topology import World, places, unpacked
 
 if TYPE_CHECKING:
     import signal
@@ -103,7 +103,7 @@ class GangRendezvous(RendezvousHandler):
         world = World(
             attempt=order["attempt"],
             restarts=order["restarts"],
-            slots=tuple(order["slots"]),
+            slots=unpacked(order["slots"]),
             store_addr=order["addr"],
             store_port=order["port"],
         )

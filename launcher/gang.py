@@ -13,7 +13,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from launcher.failure import RankExit, RootCause, find_root, how_it_ended, signal_name
-from launcher.topology import World
+from launcher.topology import World, packed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -182,7 +182,8 @@ class Gang:
 
     def _look_for_newcomers(self) -> None:
         if self.phase is Phase.RUNNING:
-            self._newcomers = [i for i in self._choice(self.here) if i not in self.members]
+            members = set(self.members)
+            self._newcomers = [i for i in self._choice(self.here) if i not in members]
 
     def _joined(self) -> str:
         names = [self.nodes[i].name or str(i) for i in self._newcomers]
@@ -211,7 +212,7 @@ class Gang:
         told = {
             "attempt": world.attempt,
             "restarts": world.restarts,
-            "slots": list(world.slots),
+            "slots": packed(world.slots),
             "addr": addr,
             "port": port,
         }

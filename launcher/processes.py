@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
+import resource
 import signal
 import time
 from pathlib import Path
 
 __all__ = [
+    "allow_files",
     "become_subreaper",
     "children_of",
     "descendants",
@@ -48,6 +51,16 @@ def die_with_parent(parent: int, number: int = signal.SIGKILL) -> None:
 def outlive_parent() -> None:
     """Take `die_with_parent` back."""
     _prctl(_PR_SET_PDEATHSIG, 0)
+
+
+def allow_files(count: int) -> None:
+    """Let this process have so many files open. Raises `OSError` if it may not."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= count:
+        return  # what it starts inherits the limit, so it stays as it is where it can
+    if hard != resource.RLIM_INFINITY and hard < count:
+        raise OSError(errno.EMFILE, f"{count} open files are needed, and {hard} are allowed (ulimit -Hn)")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
 
 
 def threads_of(pid: int | str = "self") -> list[str]:

@@ -26,7 +26,7 @@ from launcher.fleet import Remains, Roll
 from launcher.gang import Action, Gang, Outcome, Phase
 from launcher.logs import Relay
 from launcher.pace import Paces
-from launcher.processes import end_descendants, kill_tree, start_ticks
+from launcher.processes import allow_files, end_descendants, kill_tree, start_ticks
 from launcher.progress import Progress
 from launcher.pulse import BEAT_S, Pulse
 from launcher.scheduling import StopWatch
@@ -46,6 +46,7 @@ __all__ = ["Supervisor"]
 # rank sleeps in the kernel and cannot be killed.
 _PATIENCE_S = 10.0
 _FENCED_WITHIN_S = 5.0  # what a stopped agent left on a host that can be reached
+_FILES_EACH, _FILES_OWN = 3, 100  # the connection of a node, the process that leads to it, a new way beside an old one
 _SHOWN_EVERY_S = 30.0  # a write to a shared file system
 
 
@@ -145,6 +146,12 @@ class Supervisor:
 
     def work(self) -> Outcome:
         """Bring the run to its end; the outcome is also in the run folder."""
+        try:
+            allow_files(_FILES_EACH * len(self.gang.nodes) + _FILES_OWN)
+        except OSError as error:
+            raise UsageError(
+                f"{len(self.gang.nodes)} nodes: {error.strerror}; raise the limit, or start fewer"
+            ) from error
         self._wake_read, self._wake = wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         handled: set[int] = {*stop_signals(self.run.spec), signal.SIGCHLD, SIGNAL}
         if self._scheduler is not None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
     from launcher.spec import LaunchSpec
 
-__all__ = ["Place", "World", "places", "rank_environment"]
+__all__ = ["Place", "World", "packed", "places", "rank_environment", "unpacked"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,16 @@ def places(world: World, node: int) -> list[Place]:
     """The places of one node's ranks: ranks count up node by node."""
     first = sum(world.slots[:node])
     return [Place(first + local, local, node) for local in range(world.slots[node])]
+
+
+def packed(slots: Sequence[int]) -> list[tuple[int, int]]:
+    """Ranks on each node as (ranks, nodes in a row that have so many): each of n nodes is told of all n."""
+    return [(ranks, len(list(row))) for ranks, row in itertools.groupby(slots)]
+
+
+def unpacked(rows: Iterable[tuple[int, int]]) -> tuple[int, ...]:
+    """What `packed` was given."""
+    return tuple(itertools.chain.from_iterable(itertools.repeat(ranks, nodes) for ranks, nodes in rows))
 
 
 def rank_environment(

@@ -318,7 +318,12 @@ def _look_first(folder: RunFolder, job: Job, say: Callable[[str], None]) -> Outc
     old = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)}
     try:
         bad = preflight(folder.spec, folder.path, say)
-        outcome = None if bad is None else Outcome("failed", ClusterError.exit_code, f"{bad}; nothing was started")
+        if bad is None:
+            outcome = None
+        elif job.stop_now(None) is not None:  # the steps are told first, and then no node answers
+            outcome = Outcome("stopped", 75, "stopped while the nodes were looked at")
+        else:
+            outcome = Outcome("failed", ClusterError.exit_code, f"{bad}; nothing was started")
     except _AskedToLeave as stop:
         outcome = Outcome("stopped", 75, f"{stop} while the nodes were looked at")
     finally:

@@ -7,6 +7,7 @@ import pytest
 from launcher.failure import RankExit
 from launcher.gang import Gang, Phase
 from launcher.progress import Progress
+from launcher.topology import unpacked
 
 
 def gang(nodes: int = 2, procs: int = 1, **settings) -> Gang:
@@ -60,7 +61,7 @@ def test_a_plain_run() -> None:
     assert started.message == {"world_size": 2}
     assert [w.message["world"]["node"] for w in worlds] == [0, 1]
     assert worlds[0].message["world"] | {"node": 1} == worlds[1].message["world"]
-    assert worlds[1].message["world"]["slots"] == [1, 1]
+    assert worlds[1].message["world"]["slots"] == [(1, 2)]
     assert (worlds[1].message["world"]["addr"], worlds[1].message["world"]["port"]) == ("a", 99)
     assert out(g, ended(0, 0), ended(1, 0)) == ["end finished 0"]
     assert g.phase is Phase.ENDED
@@ -72,7 +73,7 @@ def test_nodes_may_bring_different_numbers_of_ranks() -> None:
     g = gang(3)
     g.node_here(0, 2, None), g.node_here(2, 1, None), g.node_here(1, 4, None)
     _, *worlds = g.store_ready(0, "a", 1)
-    assert worlds[0].message["world"]["slots"] == [2, 4, 1]
+    assert worlds[0].message["world"]["slots"] == [(2, 1), (4, 1), (1, 1)]
 
 
 @pytest.mark.parametrize(
@@ -339,7 +340,7 @@ def begin(g: Gang) -> tuple[int, ...]:
     assert g.phase is Phase.HOSTING
     _, *worlds = g.store_ready(g.attempt, "a", 1)
     assert [w.message["world"]["node"] for w in worlds] == list(range(len(worlds)))
-    assert all(len(w.message["world"]["slots"]) == len(worlds) for w in worlds)
+    assert all(len(unpacked(w.message["world"]["slots"])) == len(worlds) for w in worlds)
     assert tuple(w.node for w in worlds) == g.members
     return g.members
 

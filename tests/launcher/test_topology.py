@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from launcher.spec import LaunchSpec, Program
-from launcher.topology import Place, World, places, rank_environment
+from launcher.topology import Place, World, packed, places, rank_environment, unpacked
 
 SPEC = LaunchSpec(Program("script", "job.py"), "/tmp", nodes=2, procs=2, max_restarts=3)
 WORLD = World(attempt=7, restarts=2, slots=(2, 4), store_addr="10.0.0.1", store_port=99)
@@ -25,6 +25,12 @@ def test_places_count_through_the_nodes() -> None:
     assert places(WORLD, 0) == [Place(0, 0, 0), Place(1, 1, 0)]
     assert places(WORLD, 1) == [Place(2, 0, 1), Place(3, 1, 1), Place(4, 2, 1), Place(5, 3, 1)]
     assert WORLD.size == 6
+
+
+def test_a_world_of_thousands_is_told_in_few_words() -> None:
+    assert packed((8,) * 4000) == [(8, 4000)]
+    for slots in ((8,) * 4000, (2, 4, 4, 1), (1,), ()):
+        assert unpacked([list(row) for row in packed(slots)]) == slots  # type: ignore[misc]  # as JSON brings it
 
 
 def test_the_whole_table() -> None:
