@@ -25,7 +25,7 @@ from launcher import worker
 from launcher.arrival import connect, first_messages, look_around, own_stdio, parse, tell_why
 from launcher.channel import Channel, PipeChannel, pair
 from launcher.errors import LaunchError, UsageError
-from launcher.failure import RankExit, read_error_file, signal_name
+from launcher.failure import RankExit, exception_in, read_error_file, signal_name
 from launcher.hangs import EVERY_S
 from launcher.logs import Console, Forwarded, RankLog, prefix_for
 from launcher.pace import every_s, summary
@@ -567,8 +567,11 @@ class Node:
         progress = view.progress
         view.close()
         error = read_error_file(folder / f"rank-{place.rank}.error.json")
+        printed = exception_in(tail) if error is None and report["code"] not in (0, 75) else None
         told_ns = None if error is None else error.get("monotonic_ns")
         asked = any(t is not None and (told_ns or report["ns"]) >= t for t in (self._asked_ns, self._signalled_ns))
+        if printed is not None and report["code"] == -signal.SIGTERM:
+            asked = False  # who dies of it prints nothing any more: the exception was there before
         ended = RankExit(
             rank=place.rank,
             local_rank=local,
@@ -579,7 +582,7 @@ class Node:
             ended_ns=report["ns"],
             asked=asked,
             log="" if log is None else str(log.path),
-            error=error,
+            error=error or printed,
             tail=tail,
             killed_for_memory=report["code"] == -signal.SIGKILL and not asked and _oom_kills() > self._oom_kills,
         )

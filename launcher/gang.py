@@ -13,6 +13,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from launcher.failure import RankExit, RootCause, find_root, how_it_ended, signal_name
+from launcher.faults import Fault, classify
 from launcher.topology import World, packed
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class Outcome:
     code: int
     cause: str
     root: RootCause | None = None
+    fault: Fault | None = None
 
 
 @dataclass(frozen=True)
@@ -339,9 +341,10 @@ class Gang:
         hung, self._hung = self._hung, None
         if hung is not None:
             cause, root = hung, None
+        fault = classify(root, gone="; ".join(how for _, how in gone), hung=hung, early=self._early(root))
+        failed = Outcome("failed", root.exit_code if root is not None else 1, cause, root, fault)
         if self._hopeless is not None:
-            return self._end(Outcome("failed", self._hopeless, cause, root))
-        failed = Outcome("failed", root.exit_code if root is not None else 1, cause, root)
+            return self._end(replace(failed, code=self._hopeless))
         if gone and root is None and not hung and self._enough():
             without = [action for index, _ in gone for action in self._do_without(index)]
             return self._again(cause, outcome=failed, then=without)
@@ -351,6 +354,9 @@ class Gang:
             return self._end(replace(failed, cause=again))
         if self.restarts >= self._max_restarts:
             return self._end(failed)
+        if not fault.again:
+            again = f"{cause}: another try would end in the same way, so it is not made"
+            return self._end(replace(failed, cause=again))
         self.restarts += 1
         if not (gone and self._together):
             for index, _ in gone:
@@ -378,6 +384,11 @@ class Gang:
         self.phase = Phase.MEETING
         return [Action("again", message=message, outcome=outcome), *then, *self._meet()]
 
+    def _early(self, root: RootCause | None) -> bool:
+        """Whether this is the first attempt of all, and the rank that failed has told of no step."""
+        progress = None if root is None else self._reached.get(root.exit.rank)
+        return self.attempt == 0 and (progress is None or progress.step == (progress.began or 0))
+
     def _told(self, root: RootCause | None) -> str | None:
         """A failure by its exception and place; None if it told no exception, or its program tells no steps."""
         progress = None if root is None else self._reached.get(root.exit.rank)
@@ -393,7 +404,11 @@ class Gang:
         assert self.stop_cause is not None
         if root is not None:
             return Outcome(
-                "failed", root.exit_code, f"{self.stop_cause}; while stopping rank {root.exit.rank} failed", root
+                "failed",
+                root.exit_code,
+                f"{self.stop_cause}; while stopping rank {root.exit.rank} failed",
+                root,
+                classify(root),
             )
         if codes and codes <= {0, 75}:
             return Outcome("stopped", 75, self.stop_cause)

@@ -64,6 +64,7 @@ def _failure(run: RunFolder, attempt: int, outcome: Outcome) -> None:
             "cause": outcome.cause,
             "attempt": attempt,
             "time": time.time(),
+            "fault": None if outcome.fault is None else outcome.fault.to_json(),
             "exit_code": outcome.code if root is None else root.exit_code,
             "first": None if root is None else root.exit.to_json(),
             "left_early": root is not None and root.left_early,
@@ -75,5 +76,6 @@ def _failure(run: RunFolder, attempt: int, outcome: Outcome) -> None:
 def report(outcome: Outcome, run: RunFolder) -> str:
     """The last words on the screen after a failure."""
     if outcome.root is not None:
-        return render(outcome.root, run.spec.world_size)
-    return f"{outcome.cause}\n\nlogs: {run.path / 'logs'}"
+        return render(outcome.root, run.spec.world_size, "" if outcome.fault is None else str(outcome.fault))
+    fault = "" if outcome.fault is None else f"\nclass of fault: {outcome.fault.kind}"
+    return f"{outcome.cause}{fault}\n\nlogs: {run.path / 'logs'}"

@@ -16,7 +16,7 @@ PACKAGES = ("launcher", "trainer")
 ORDER = {
     "errors": 0, "hardware": 0, "processes": 0, "progress": 0, "stacks": 0, "hangs": 1, "pace": 1,
     "spec": 1, "topology": 2, "channel": 2, "logs": 2,
-    "worker": 2, "runs": 2, "failure": 2, "config": 2, "index": 3, "gang": 3, "zygote": 3, "snapshot": 3,
+    "worker": 2, "runs": 2, "failure": 2, "faults": 2, "config": 2, "index": 3, "gang": 3, "zygote": 3, "snapshot": 3,
     "history": 3, "starting": 3, "scheduling": 3, "fleet": 3, "watching": 3, "arrival": 3,
     "addresses": 3, "pulse": 3, "fence": 3, "record": 4, "agent": 4, "elastic": 4, "supervisor": 4,
     "arrays": 5, "sweep": 5, "backends": 5, "options": 6, "hosts": 6, "request": 7, "standing": 7, "commands": 8,
