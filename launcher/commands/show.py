@@ -15,6 +15,7 @@ from launcher.commands import Runs, look_at, options
 from launcher.commands.ls import rows
 from launcher.commands.table import duration, lines, width
 from launcher.failure import RankExit, RootCause, render
+from launcher.faults import Fault
 from launcher.history import History
 from launcher.progress import Progress
 from launcher.runs import read_json
@@ -146,7 +147,10 @@ def _row(a: Attempt) -> tuple[str, ...]:
 def _failure(s: Standing) -> str:
     """The report that stood on the screen when it failed."""
     record = read_json(s.folder / "failure.json")
-    if record is None or record.get("first") is None:
+    if record is None:
         return ""
+    fault = "" if record.get("fault") is None else str(Fault(**record["fault"]))
+    if record.get("first") is None:
+        return f"class of fault: {fault}" if fault else ""
     cause = RootCause(RankExit.from_json(record["first"]), tuple(record["followers"]), record["left_early"])
-    return render(cause, s.nodes * s.procs)
+    return render(cause, s.nodes * s.procs, fault)

@@ -52,6 +52,38 @@ def test_the_first_failure_is_named_last_on_the_screen(launch, programs, how, co
     assert job.run.json("state.json")["status"] == "failed"
 
 
+LEAVING = """
+import atexit, os, time
+from pathlib import Path
+def linger():
+    Path('left').touch()
+    time.sleep(60)
+if os.environ['RANK'] == '1':
+    atexit.register(linger)
+    raise AssertionError('boom')
+while not Path('left').exists(): time.sleep(0.01)
+raise RuntimeError('Connection closed by peer [127.0.0.1]:1')
+"""
+
+
+@pytest.mark.parametrize("how", ["--preload=json", "--no-preload"])
+def test_a_rank_that_was_stopped_on_its_way_out_is_told_by_its_exception(launch, how) -> None:
+    job = launch("--procs", "2", how, launch.script(LEAVING))
+    assert job.returncode == 1, job.output
+    assert re.search(r"rank 1 of 2 on .* failed first: it raised AssertionError: boom", job.stderr), job.output
+    assert "class of fault: user code (rank 1 said: AssertionError: boom)" in job.stderr
+    assert job.run.json("failure.json")["fault"]["kind"] == "user code"
+    assert "class of fault: user code" in launch.ok("show", job.run.path).stdout
+
+
+def test_what_cannot_go_better_is_not_tried_again(launch) -> None:
+    job = launch("--procs", "2", "--preload", "json", "--max-restarts", "3", launch.script("import no_such_module"))
+    assert job.returncode == 1
+    assert "No module named 'no_such_module'" in job.stderr
+    assert [e["event"] for e in job.run.events] == ["attempt", "end"]
+    assert job.run.events[-1]["cause"].endswith("another try would end in the same way, so it is not made")
+
+
 def test_a_run_restarts_until_its_ranks_are_done(launch, programs) -> None:
     """Two attempts crash, the third meets again on a fresh store and ends; the count is in LAUNCH_ATTEMPT."""
     job = launch.ok("--procs", "2", "--max-restarts", "2", programs / "crash.py", "segv", "--attempts", "2")
