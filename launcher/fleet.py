@@ -10,13 +10,17 @@ from typing import TYPE_CHECKING, Protocol
 from launcher.errors import MeetingError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from launcher.channel import Channel
 
 __all__ = ["Fleet", "Remains", "Roll"]
 
 _AGAIN_S = 1.0
+# Logins that have not come to an end: a jump host's sshd drops some by chance from the 10th on (MaxStartups 10:30:100),
+# and a login takes a tenth of the time until an agent says hello.
+_AT_ONCE = 32
+_SLOW_S = 10.0  # whoever takes longer holds nobody else up
 _MOST_AGAIN_S = 15.0  # for one that stays away
 
 
@@ -48,16 +52,23 @@ class Roll:
         self._hopeless: set[int] = set()
         self._absent: dict[int, str] = {}
         self._try_at: dict[int, float] = {}
+        self._setting_out: dict[int, float] = {}  # when: they have not said anything yet
         self._tries: dict[int, int] = {}  # in vain, since it was last here
+
+    def call(self, nodes: Iterable[int]) -> None:
+        """These are to be started, some at once."""
+        self._try_at.update(dict.fromkeys(nodes, time.monotonic()))
 
     def came(self, node: int) -> None:
         self._seen.add(node)
+        self._setting_out.pop(node, None)
         self._absent.pop(node, None)
         self._try_at.pop(node, None)
         self._tries.pop(node, None)
 
     def stayed_away(self, node: int, code: int, *, hopeless: str | None) -> None:
         """The way to a node ended before its agent had said anything. hopeless: what it said of a lasting reason."""
+        self._setting_out.pop(node, None)
         self._absent[node] = hopeless or self.fleet.why(node, code)
         if hopeless is not None:
             self._hopeless.add(node)
@@ -77,11 +88,14 @@ class Roll:
         self._try_at[node] = time.monotonic() + min(_MOST_AGAIN_S, _AGAIN_S * 2.0 ** (tries - 1))
 
     def due(self) -> list[int]:
-        """Nodes to be tried again now."""
+        """Nodes to be tried now; while many are on their way the others wait."""
         now = time.monotonic()
-        found = [node for node, at in self._try_at.items() if now >= at]
+        self._setting_out = {node: at for node, at in self._setting_out.items() if now - at < _SLOW_S}
+        room = _AT_ONCE - len(self._setting_out)
+        found = [node for node, at in self._try_at.items() if now >= at][: max(0, room)]
         for node in found:
             del self._try_at[node]
+            self._setting_out[node] = now
         return found
 
     def check(self, missing: Sequence[int]) -> None:
@@ -96,8 +110,13 @@ class Roll:
         return "\n  ".join([counted, *told[:20], *([f"and {len(told) - 20} more"] if len(told) > 20 else [])])
 
     def wait_s(self) -> float | None:
-        """Seconds until somebody is to be tried again; None: nobody is."""
-        return max(0.0, min(self._try_at.values()) - time.monotonic()) if self._try_at else None
+        """Seconds until somebody is to be tried; None: nobody is, or one on its way must come first."""
+        if not self._try_at:
+            return None
+        due = min(self._try_at.values())
+        if len(self._setting_out) >= _AT_ONCE:
+            due = max(due, min(self._setting_out.values()) + _SLOW_S)
+        return max(0.0, due - time.monotonic())
 
 
 class Remains:

@@ -172,8 +172,11 @@ class Supervisor:
                 pid_start=start_ticks(os.getpid()),
                 host=socket.gethostname(),
             )
-            for node_rank in self._local:
-                self._spawn(node_rank)
+            if self._roll is not None:
+                self._roll.call(node for node in self._local if node is not None)
+            else:
+                for node_rank in self._local:
+                    self._spawn(node_rank)
             self._start_step()
             while self.gang.phase is not Phase.ENDED:
                 self._turn()

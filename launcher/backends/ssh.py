@@ -130,16 +130,24 @@ class Machines:
         return [node for node, said in zip(nodes, found, strict=True) if said]
 
     def fetch(self, path: Path, nodes: Iterable[int]) -> None:
-        """Bring a folder of other hosts here; files that are here stay. Raises `LaunchError`."""
+        """Bring a folder of other hosts here, of several at once; files that are here stay. Raises `LaunchError` that
+        names those whose folder is not here, once all others are.
+        """
         path.mkdir(mode=0o700, exist_ok=True)
-        for node in nodes:
+
+        def came(node: int) -> bool:
             words = [*self._ssh(node), f"cd {shlex.quote(str(path))} && tar -cf - ."]
             with subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as source:
                 done = subprocess.run(
                     ["tar", "-C", path, "--skip-old-files", "-xf", "-"], stdin=source.stdout, check=False
                 )
-            if source.returncode or done.returncode:
-                raise LaunchError(f"{path} of {self.names[node]} could not be brought here")
+            return source.returncode == done.returncode == 0
+
+        asked = list(nodes)
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            absent = [self.names[node] for node, here in zip(asked, pool.map(came, asked), strict=True) if not here]
+        if absent:
+            raise LaunchError(f"{path} of {', '.join(absent)} could not be brought here")
 
     def _on_all(self, nodes: Sequence[int], line: str, stdin: Path | None) -> list[bytes]:
         """Run a line of sh on hosts side by side; what each printed."""

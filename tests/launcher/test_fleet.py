@@ -1,0 +1,62 @@
+"""Who of a fleet is started when: by waves, and again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from launcher import fleet
+from launcher.errors import MeetingError
+
+
+class Hosts:
+    """Machines that nobody goes to."""
+
+    names = tuple(f"host{i}" for i in range(100))
+
+    def why(self, node: int, code: int) -> str:
+        return f"code {code}"
+
+    def passing(self, node: int, code: int) -> bool:
+        return code == 255
+
+
+@pytest.fixture
+def roll() -> Any:
+    return fleet.Roll(Hosts())  # type: ignore[arg-type]  # none is started here
+
+
+def test_hosts_are_started_in_waves_and_each_that_came_or_did_not_makes_room(roll):
+    roll.call(range(100))
+    first = roll.due()
+    assert first == list(range(32))
+    assert roll.due() == []
+    assert 5 < roll.wait_s() <= 10  # until one of those takes too long
+    roll.came(0)
+    roll.stayed_away(1, 1, hopeless=None)
+    assert roll.wait_s() == 0
+    assert roll.due() == [32, 33]
+    for node in range(2, 100):
+        roll.due()
+        roll.came(node)
+    assert roll.due() == []
+    assert roll.wait_s() is None
+    with pytest.raises(MeetingError, match=r"1 of 100 hosts did not come\n  host1: code 1"):
+        roll.check([1])
+
+
+def test_a_host_that_takes_long_holds_nobody_up(roll, monkeypatch):
+    roll.call(range(40))
+    assert len(roll.due()) == 32
+    monkeypatch.setattr(fleet, "_SLOW_S", 0.0)
+    assert roll.wait_s() == 0
+    assert roll.due() == list(range(32, 40))
+
+
+def test_a_login_that_was_dropped_is_tried_again(roll):
+    roll.call([0])
+    assert roll.due() == [0]
+    roll.stayed_away(0, 255, hopeless=None)
+    assert 0 < roll.wait_s() <= 1
+    roll.check([0])  # it may still come
