@@ -18,10 +18,11 @@ import torch
 from facts import facts, tell
 
 from trainer.checkpoint.catalog import Checkpoint
+from trainer.checkpoint.contents import read_contents
 from trainer.checkpoint.folder import Folder
 from trainer.checkpoint.manifest import MANIFEST, Manifest, Piece, Record, new_attempt
 from trainer.checkpoint.plan import Part
-from trainer.checkpoint.reader import Reading, read_contents
+from trainer.checkpoint.reader import Reading
 from trainer.checkpoint.shards import lay_out
 from trainer.checkpoint.writing import commit
 

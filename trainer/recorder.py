@@ -19,7 +19,6 @@ from trainer.fingerprint import fingerprint
 from trainer.seed import seed_everything
 
 if TYPE_CHECKING:
-    from trainer.config import Config
     from trainer.module import Module
     from trainer.trainer import Trainer
 
@@ -36,9 +35,9 @@ def run(plan: dict[str, Any], script: str, args: list[str]) -> None:
     recorders: list[Recorder] = []
     arrange = module.arrange  # type: ignore[attr-defined] # for this process alone
 
-    def with_recorder(config: Config, trainer: Trainer) -> list[Any]:
+    def with_recorder(*given: Any) -> list[Any]:
         recorders.append(Recorder(record, len(recorders), plan["hurt"]))
-        return [*arrange(config, trainer), recorders[-1]]
+        return [*arrange(*given), recorders[-1]]
 
     # The script's own Trainers shall have it without a word in the script.
     module.arrange = with_recorder  # type: ignore[attr-defined]

@@ -13,7 +13,7 @@ import torch.distributed.checkpoint as dcp
 from trainer.checkpoint import Retention, Store
 from trainer.checkpoint.__main__ import main as command
 from trainer.checkpoint.catalog import is_complete, open_checkpoint
-from trainer.checkpoint.reader import verify
+from trainer.checkpoint.contents import verify
 
 
 def state(step: int) -> dict:

@@ -13,7 +13,7 @@ import torch
 from tests.soak.table import keep
 from trainer.checkpoint import Store, load_file, save_file
 from trainer.checkpoint.catalog import open_checkpoint
-from trainer.checkpoint.reader import verify
+from trainer.checkpoint.contents import verify
 from trainer.errors import CheckpointDamagedError
 
 

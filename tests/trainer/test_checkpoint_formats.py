@@ -10,8 +10,8 @@ import torch
 
 from trainer.checkpoint import Store, load_file
 from trainer.checkpoint.catalog import open_checkpoint
+from trainer.checkpoint.contents import verify
 from trainer.checkpoint.manifest import FORMAT
-from trainer.checkpoint.reader import verify
 from trainer.checkpoint.seal import is_sealed
 
 FORMATS = Path(__file__).parent / "formats"

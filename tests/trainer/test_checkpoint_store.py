@@ -18,8 +18,8 @@ import torch
 
 from trainer.checkpoint import Retention, Store, load_checkpoint, load_file, save_file, snapshot
 from trainer.checkpoint.catalog import is_unfinished, open_checkpoint
+from trainer.checkpoint.contents import verify
 from trainer.checkpoint.manifest import new_attempt
-from trainer.checkpoint.reader import verify
 from trainer.errors import (
     CheckpointDamagedError,
     CheckpointError,

@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
-from trainer.checkpoint.background import Saved
-from trainer.checkpoint.file import load_checkpoint, load_file, save_file
-from trainer.checkpoint.manifest import Manifest
-from trainer.checkpoint.retention import Retention
-from trainer.checkpoint.store import Loaded, Store
-from trainer.checkpoint.weights import load_tensors, load_weights
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trainer.checkpoint.background import Saved
+    from trainer.checkpoint.file import load_checkpoint, load_file, save_file
+    from trainer.checkpoint.manifest import Manifest
+    from trainer.checkpoint.retention import Retention
+    from trainer.checkpoint.store import Loaded, Store
+    from trainer.checkpoint.weights import load_tensors, load_weights
+
+# Imported when they are first used: `python -m trainer.checkpoint ls` needs no torch.
+_HOME = {
+    "Loaded": "store",
+    "Manifest": "manifest",
+    "Retention": "retention",
+    "Saved": "background",
+    "Store": "store",
+    "load_checkpoint": "file",
+    "load_file": "file",
+    "load_tensors": "weights",
+    "load_weights": "weights",
+    "save_file": "file",
+}
 
 __all__ = [
     "Loaded",
@@ -21,3 +39,15 @@ __all__ = [
     "load_weights",
     "save_file",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'trainer.checkpoint' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"trainer.checkpoint.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -89,6 +89,12 @@ def open_checkpoint(url: str | os.PathLike[str]) -> Checkpoint:
     return found
 
 
+def is_file(path: str) -> bool:
+    """Whether a checkpoint is one file, not a folder of shards."""
+    place = Folder.at(path)
+    return bool(place.fs.isfile(place.path)) and place.name != MANIFEST
+
+
 def is_unfinished(folder: Folder) -> bool:
     """Whether all that is there are attempts without a manifest: what is left of a save that died."""
     inside = folder.sizes()

@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from trainer.checkpoint import catalog, reader
+from trainer.checkpoint import catalog
 from trainer.checkpoint.background import Alone, Background, Ranks, Saved
 from trainer.checkpoint.catalog import Checkpoint
+from trainer.checkpoint.contents import Contents, read_contents
 from trainer.checkpoint.folder import Folder
 from trainer.checkpoint.job import Commit, ShardJob
 from trainer.checkpoint.manifest import DAMAGED, Manifest, Record, new_attempt, next_block
 from trainer.checkpoint.plan import Part, cut, outline, parts_of_rank, structure
-from trainer.checkpoint.reader import Contents, Reading
+from trainer.checkpoint.reader import Reading
 from trainer.checkpoint.saved import After, process_start
 from trainer.checkpoint.shards import Layout, bytes_of, lay_out
 from trainer.checkpoint.values import decode, encode, is_dtensor
@@ -365,7 +366,7 @@ def _prepare(
 
 
 def _load(checkpoint: Checkpoint, state_like: Mapping[str, Any] | None, world: Ranks, *, orphans: bool) -> Loaded:
-    contents = reader.read_contents(checkpoint)
+    contents = read_contents(checkpoint)
     reading = Reading(contents)
     like = {k: t for k, t in encode(state_like)[1].items() if is_dtensor(t)} if state_like is not None else {}
     tensors = {key: _local_target(reading, contents, key, like.get(key)) for key in contents.keys()}  # noqa: SIM118

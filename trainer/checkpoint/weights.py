@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trainer.checkpoint import catalog
+from trainer.checkpoint.contents import read_contents
 from trainer.checkpoint.file import load_file
 from trainer.checkpoint.folder import Folder
-from trainer.checkpoint.reader import Reading, read_contents
+from trainer.checkpoint.reader import Reading
 from trainer.checkpoint.values import is_dtensor
 from trainer.errors import CheckpointDamagedError, CheckpointError, CheckpointNotFoundError
 
