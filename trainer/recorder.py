@@ -40,7 +40,7 @@ def run(plan: dict[str, Any], script: str, args: list[str]) -> None:
         return [*arrange(*given), recorders[-1]]
 
     # The script's own Trainers shall have it without a word in the script.
-    module.arrange = with_recorder  # type: ignore[attr-defined]
+    module.arrange = with_recorder  # type: ignore[assignment, attr-defined]
     seed_everything(plan["seed"], verbose=False)
     sys.argv = [script, *args]
     sys.path[0] = str(Path(script).resolve().parent)
