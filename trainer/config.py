@@ -174,8 +174,7 @@ class Config:
         if runs := self.fast_dev_run:
             self._set(limit_train_batches=runs, limit_val_batches=runs, limit_test_batches=runs,
                       limit_predict_batches=runs, max_epochs=1, max_steps=runs, num_sanity_val_steps=0,
-                      val_check_interval=1.0, check_val_every_n_epoch=1, enable_checkpointing=False,
-                      overfit_batches=0.0)  # fmt: skip
+                      val_check_interval=1.0, check_val_every_n_epoch=1, overfit_batches=0.0)  # fmt: skip
         _require_fraction("overfit_batches", self.overfit_batches)
         if self.overfit_batches:
             self._set(limit_train_batches=self.overfit_batches, limit_val_batches=self.overfit_batches)

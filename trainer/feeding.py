@@ -79,7 +79,7 @@ class RunData:
         loaders = self.train()
         run.feed = loaders.training_feed()
         run.batches_per_epoch = batches = loaders.batches
-        if trainer.loggers and batches < trainer.log_every_n_steps:
+        if trainer.loggers and batches < trainer.log_every_n_steps and not trainer.fast_dev_run:
             rank_zero_info(
                 f"An epoch has {batches} batches, fewer than log_every_n_steps={trainer.log_every_n_steps}: "
                 "values logged per step are reported less than once per epoch."

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from trainer.profilers import PassThroughProfiler
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from trainer.metrics import Metrics
     from trainer.module import Module
+    from trainer.profilers import Profiler
 
 # Called on the callbacks first, then on the module. A module's `on_exception` and the sanity check's do not exist.
 SHARED = (
@@ -54,7 +57,7 @@ class Hooks:
         callbacks: Sequence[Any],
         metrics: Metrics,
         datamodule: Any = None,
-        profiler: Any = None,
+        profiler: Profiler,
     ) -> None:
         from trainer.callbacks.callback import Callback
         from trainer.module import DataHooks
@@ -97,9 +100,9 @@ class Hooks:
         raise AttributeError(f"there is no hook {name!r}")
 
 
-def timed(function: Callable[..., Any], action: str, profiler: Any) -> Callable[..., Any]:
-    """The function with its calls timed under `action`; itself without a profiler."""
-    if profiler is None:
+def timed(function: Callable[..., Any], action: str, profiler: Profiler) -> Callable[..., Any]:
+    """The function with its calls timed under `action`; itself if nothing is measured."""
+    if isinstance(profiler, PassThroughProfiler):
         return function
 
     def with_profiler(*args: Any, **kwargs: Any) -> Any:

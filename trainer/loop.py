@@ -715,7 +715,7 @@ def _evaluate_loader(run: Evaluation, number: int) -> None:
     trainer, hooks, metrics, agreement = run.trainer, run.hooks, run.metrics, run.agreement
     several = run.together is None and len(run.feeds) > 1
     feed: Any = run.feeds[number] if run.together is None else run.together
-    limit = run.limits[number] if run.together is None else min(run.limits)
+    limit = run.limits[number]
     if trainer.sanity_checking:
         limit = min(limit, trainer.num_sanity_val_steps)
     before = getattr(hooks, f"on_{run.name}_batch_start")

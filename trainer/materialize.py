@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from trainer.errors import ModuleError
 from trainer.seed import isolate_rng
@@ -18,7 +19,16 @@ from trainer.seed import isolate_rng
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["is_meta", "materialize"]
+__all__ = ["NoInit", "is_meta", "materialize"]
+
+
+class NoInit(TorchFunctionMode):
+    """Layers made inside get memory, and no values: the functions of torch.nn.init do nothing."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if kwargs and "tensor" in kwargs else args[0]
+        return func(*args, **(kwargs or {}))
 
 
 def is_meta(module: nn.Module) -> bool:

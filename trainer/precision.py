@@ -48,6 +48,10 @@ class Precision:
         """What the forward pass runs in."""
         if self._autocast is not None:
             return self._autocast
+        return self.weights()
+
+    def weights(self) -> AbstractContextManager[Any]:
+        """What weights are made in."""
         return nullcontext() if self.dtype is None else _default_dtype(self.dtype)
 
     def convert_module(self, module: nn.Module) -> nn.Module:

@@ -200,7 +200,7 @@ def make_evaluation(trainer: Trainer, name: str, loaders: Loaders, *, inference_
         step=bound_step(trainer, module, step_name, getattr(module, step_name)),
         move=_mover(trainer, hooks),
         feeds=loaders.feeds,
-        limits=loaders.limits,
+        limits=loaders.limits if together is None else [loaders.batches],
         together=together,
         inference_mode=inference_mode,
         virtual=None if fit_run is None else fit_run.virtual,

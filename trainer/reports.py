@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from trainer.errors import ConfigError
+from trainer.loggers.logger import SilentLogger
 
 if TYPE_CHECKING:
     from trainer.config import Config
@@ -14,9 +15,11 @@ if TYPE_CHECKING:
 
 
 def make_loggers(config: Config, root_dir: str) -> list[Any]:
-    """The loggers that were given, or the default: TensorBoard's."""
-    if config.logger is False or not config.logger or config.fast_dev_run:
+    """The loggers that were given, or the default: TensorBoard's. With fast_dev_run one that takes everything."""
+    if not config.logger:
         return []
+    if config.fast_dev_run:
+        return [SilentLogger()]
     if config.logger is True:
         from trainer.loggers import TensorBoardLogger
 

@@ -74,8 +74,9 @@ def session(
         if trainer.page is not None:
             trainer.page.close()
             trainer.page = None
-        if trainer.profiler is not None:
-            trainer.profiler.describe()
+        for callback in trainer.callbacks:
+            callback.__dict__.pop("_module", None)
+        trainer.profiler.describe()
 
 
 def _attach(trainer: Trainer, fn: TrainerFn, model: Any, datamodule: Any, loaders: dict[str, Any]) -> Module:
@@ -115,10 +116,11 @@ def _set_up(trainer: Trainer, fn: TrainerFn, module: Module) -> None:
     virtual = config.virtual_ranks is not None and fn is TrainerFn.FITTING
     if virtual:
         trainer.parallel = Replicas(world, trainer.precision_object)
-    if trainer.profiler is not None:
-        trainer.profiler.setup(stage=str(fn), local_rank=trainer.local_rank if world.size > 1 else None,
-                               log_dir=trainer.log_dir)  # fmt: skip
+    trainer.profiler.setup(stage=str(fn), local_rank=trainer.local_rank if world.size > 1 else None,
+                           log_dir=trainer.log_dir)  # fmt: skip
     _add_model_callbacks(trainer, module)
+    for callback in trainer.callbacks:
+        callback.__dict__["_module"] = module
     _prepare_data(trainer, module)
     trainer.metrics = Metrics(world, module, exact=virtual)
     for child in module.modules():

@@ -102,7 +102,7 @@ class Loaders:
 
     @property
     def batches(self) -> float:
-        """Batches of one training epoch."""
+        """Batches of one epoch in which the loaders are gone through together."""
         return min(self.limits) if self.mode == "min_size" else max(self.limits, default=0)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,11 +12,13 @@ from torch.utils._pytree import tree_map
 
 from trainer.callbacks.selection import arrange
 from trainer.config import Config, configured
-from trainer.distributed import connect
+from trainer.distributed import choose_device, connect
 from trainer.errors import ConfigError
 from trainer.feeding import RunData
 from trainer.hooks import Hooks
 from trainer.loop import evaluate, fit, predict
+from trainer.materialize import NoInit
+from trainer.precision import make_precision
 from trainer.preparation import begin, prepare_evaluation, prepare_fit
 from trainer.profilers import make_profiler
 from trainer.ranks import read_ranks
@@ -27,7 +30,7 @@ from trainer.status import Status
 from trainer.strategy import Strategy
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from trainer.data import DataModule
     from trainer.distributed import World
@@ -82,7 +85,7 @@ class Trainer(Status):
         self.hooks: Hooks | None = None
         self.profiler = make_profiler(config.profiler)
         self.loggers = make_loggers(config, self.default_root_dir)
-        self.callbacks = arrange(config, self)
+        self.callbacks = arrange(config)
 
     # ---------------------------------------------------------------------------------- the four methods
 
@@ -233,6 +236,17 @@ class Trainer(Status):
             self._world = connect(accelerator=c.accelerator, devices=c.devices, num_nodes=c.num_nodes)
             atexit.register(self._world.close)
         return self._world
+
+    @contextmanager
+    def init_module(self, empty_init: bool | None = None) -> Iterator[None]:
+        """Modules made inside are made on the run's device and in its true precision, if it has one.
+
+        empty_init: leave weights that are about to be loaded without values.
+        """
+        device = choose_device(self.config.accelerator, self.config.devices, self.ranks)
+        precision = make_precision(self.config.precision or "32-true", device)
+        with device, precision.weights(), NoInit() if empty_init else nullcontext():
+            yield
 
     def bind_hooks(self) -> Hooks:
         """Find out which hooks somebody overrides, for this run."""

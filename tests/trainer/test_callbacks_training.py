@@ -21,7 +21,7 @@ from trainer.callbacks import (
     ThroughputMonitor,
     WeightAveraging,
 )
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, LoggingError
 from trainer.loggers import CSVLogger
 
 
@@ -148,11 +148,29 @@ def test_a_checkpoint_holds_the_average(tmp_path):
     torch.testing.assert_close(Weights.of(loaded), torch.stack(weights.steps[:8]).mean(0))
 
 
+class Logs(Callback):
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.log("from_callback", float(batch_idx), on_epoch=True, on_step=False)
+
+    def on_validation_epoch_end(self, trainer, pl_module):
+        self.log_dict({"a": 1.0, "b": 2.0})
+
+
+def test_a_callback_logs_as_the_module_does(tmp_path):
+    logs = Logs()
+    trainer = fit(tmp_path, Net(), logs, val=True, epochs=1)
+    found = {name: float(trainer.callback_metrics[name]) for name in ("from_callback", "a", "b")}
+    assert found == {"from_callback": 1.5, "a": 1.0, "b": 2.0}
+    assert "_module" not in vars(logs)
+    with pytest.raises(LoggingError, match=r"Logs.log\('x', ...\) was called outside"):
+        logs.log("x", 1.0)
+
+
 def test_swa_averages_epochs_and_changes_the_learning_rate(tmp_path):
     weights, model = Weights(), Net(scheduler=lambda o: torch.optim.lr_scheduler.ConstantLR(o, 1.0))
     swa = StochasticWeightAveraging(0.01, swa_epoch_start=0.5, annealing_epochs=1, annealing_strategy="linear")
     trainer = fit(tmp_path, model, weights, swa, epochs=4)
-    torch.testing.assert_close(Weights.of(model), torch.stack(weights.epochs[2:]).mean(0))
+    torch.testing.assert_close(Weights.of(model), torch.stack(weights.epochs[1:]).mean(0))
     assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.01)
     assert type(trainer.lr_scheduler_configs[0].scheduler).__name__ == "SWALR"
 
@@ -172,6 +190,7 @@ def test_swa_gives_batch_norm_new_statistics(tmp_path):
         lambda: EMAWeightAveraging(decay=2), lambda: EMAWeightAveraging(update_every_n_steps=0),
         lambda: StochasticWeightAveraging(0), lambda: StochasticWeightAveraging([]),
         lambda: StochasticWeightAveraging(0.1, swa_epoch_start=1.5),
+        lambda: StochasticWeightAveraging(0.1, swa_epoch_start=0),
         lambda: StochasticWeightAveraging(0.1, annealing_strategy="sin"), lambda: GradientAccumulationScheduler({}),
         lambda: GradientAccumulationScheduler({-1: 2}), lambda: GradientAccumulationScheduler({0: 0}),
         lambda: LambdaCallback(on_no_such_hook=print), lambda: LambdaCallback(state_dict=print),

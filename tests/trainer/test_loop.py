@@ -193,6 +193,52 @@ def test_several_validation_loaders_are_told_apart(boring, data, quiet):
         quiet().validate(boring(), [data(8), data(16)])
 
 
+@pytest.mark.parametrize(("mode", "count"), [("min_size", 2), ("max_size", 4), ("max_size_cycle", 4)])
+def test_validation_loaders_that_are_gone_through_together(boring, data, quiet, mode, count):
+    class Model(boring):
+        def validation_step(self, batch, batch_idx):
+            seen.append(batch_idx)
+
+    seen = []
+    quiet().validate(Model(), T.CombinedLoader({"a": data(8), "b": data(16)}, mode), verbose=False)
+    assert seen == list(range(count))
+    seen.clear()
+    loaders = T.CombinedLoader({"a": data(8), "b": data(16)}, mode)
+    quiet(limit_val_batches=1).validate(Model(), loaders, verbose=False)
+    assert seen == [0]
+
+
+def test_fast_dev_run_leaves_what_code_asks_for_in_place(boring, data, tmp_path):
+    class Model(boring):
+        def training_step(self, batch, batch_idx):
+            self.logger.experiment.add_scalar("x", 1.0, self.global_step)
+            self.logger.watch(self)
+            return super().training_step(batch, batch_idx)
+
+    trainer = T.Trainer(
+        fast_dev_run=True, accelerator="cpu", default_root_dir=tmp_path, enable_progress_bar=False,
+        callbacks=[T.callbacks.LearningRateMonitor()],
+    )  # fmt: skip
+    trainer.fit(Model(), data(8), data(8))
+    assert trainer.checkpoint_callback.best_model_path == ""
+    assert list(tmp_path.iterdir()) == []
+    assert T.Trainer(fast_dev_run=True, accelerator="cpu", logger=False).logger is None
+
+
+def test_init_module_makes_layers_where_they_are_used(quiet):
+    with quiet(precision="64-true").init_module():
+        layer = torch.nn.Linear(2, 2)
+    assert layer.weight.dtype is torch.float64
+    assert torch.get_default_dtype() is torch.float32
+    state = torch.get_rng_state()
+    with quiet().init_module(empty_init=True):
+        torch.nn.Linear(2, 2)
+    assert torch.equal(torch.get_rng_state(), state)  # nothing was drawn
+    with quiet().init_module():
+        torch.nn.Linear(2, 2)
+    assert not torch.equal(torch.get_rng_state(), state)
+
+
 def test_predict_returns_lists(boring, data, quiet):
     class Model(boring):
         def predict_step(self, batch, batch_idx, dataloader_idx=0):

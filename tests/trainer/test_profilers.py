@@ -46,6 +46,13 @@ def test_simple(tmp_path, capsys):
     assert "training_step" in capsys.readouterr().out
 
 
+def test_without_one_code_that_asks_for_it_runs(tmp_path):
+    profiler = fit(tmp_path, None)
+    with profiler.profile("load"):
+        pass
+    assert type(profiler) is PassThroughProfiler
+
+
 def test_simple_by_hand():
     profiler = SimpleProfiler(extended=False)
     with profiler.profile("a"), profiler.profile("b"):

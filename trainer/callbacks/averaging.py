@@ -212,7 +212,7 @@ class StochasticWeightAveraging(Callback):
 
     Args:
         swa_lrs: learning rate(s) while averaging, one or one per parameter group.
-        swa_epoch_start: first epoch that is averaged, from 0; a float is a share of max_epochs.
+        swa_epoch_start: first epoch that is averaged, counted from 1; a float is a share of max_epochs.
         annealing_epochs, annealing_strategy: how the learning rate gets there ("cos" or "linear").
         avg_fn: see WeightAveraging.
         device: where the average is kept; None: where the model is.
@@ -235,9 +235,9 @@ class StochasticWeightAveraging(Callback):
         if not rates or not all(isinstance(r, (int, float)) and r > 0 for r in rates):
             raise ConfigError(f"StochasticWeightAveraging(swa_lrs={swa_lrs!r}). Allowed: a positive number, or a list.")
         whole = isinstance(swa_epoch_start, int)
-        if swa_epoch_start < 0 or (not whole and swa_epoch_start > 1):
+        if swa_epoch_start < whole or (not whole and swa_epoch_start > 1):
             raise ConfigError(
-                f"StochasticWeightAveraging(swa_epoch_start={swa_epoch_start!r}). Allowed: an epoch from 0, or a share "
+                f"StochasticWeightAveraging(swa_epoch_start={swa_epoch_start!r}). Allowed: an epoch from 1, or a share "
                 "between 0.0 and 1.0."
             )
         if annealing_strategy not in ("cos", "linear"):
@@ -252,8 +252,8 @@ class StochasticWeightAveraging(Callback):
         self._averaging = WeightAveraging(device, use_buffers=False, avg_fn=avg_fn)
 
     def first_epoch(self, max_epochs: int) -> int:
-        """The first epoch that is averaged."""
-        return self._start if isinstance(self._start, int) else int(max_epochs * self._start)
+        """The first epoch that is averaged, from 0."""
+        return max(0, (self._start if isinstance(self._start, int) else int(max_epochs * self._start)) - 1)
 
     def on_fit_start(self, trainer: Trainer, pl_module: Module) -> None:
         if len(trainer.optimizers) != 1 or len(trainer.lr_scheduler_configs) > 1:

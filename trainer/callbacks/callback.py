@@ -8,7 +8,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from trainer.errors import LoggingError
+
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
     from torch.optim import Optimizer
 
@@ -22,6 +26,25 @@ class Callback:
     Hooks run on every rank, in the order of the list, after the trainer's own work of that point and before the
     module's hook of the same name. A callback whose state must survive a restart returns it from `state_dict`.
     """
+
+    # While a run lasts: the module, whose values a callback may log as well.
+    _module: Module | None = None
+
+    def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        """Log one number, as the module does in the hook of the same name; see `Module.log`."""
+        self._logging(name).log(name, value, *args, **kwargs)
+
+    def log_dict(self, dictionary: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
+        """`log` for each item of a dict; see `Module.log_dict`."""
+        self._logging(", ".join(map(str, dictionary))).log_dict(dictionary, *args, **kwargs)
+
+    def _logging(self, name: str) -> Module:
+        if self._module is None:
+            raise LoggingError(
+                f"{type(self).__name__}.log({name!r}, ...) was called outside of the hooks of a running fit, validate "
+                "or test."
+            )
+        return self._module
 
     @property
     def state_key(self) -> str:

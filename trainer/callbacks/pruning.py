@@ -57,7 +57,7 @@ class ModelPruning(Callback):
     def __init__(
         self,
         pruning_fn: str | type[prune.BasePruningMethod],
-        parameters_to_prune: Sequence[tuple[nn.Module, str]] = (),
+        parameters_to_prune: Sequence[tuple[nn.Module, str]] | None = (),
         parameter_names: list[str] | None = None,
         use_global_unstructured: bool = True,
         amount: float | Callable[[int], float] = 0.5,
@@ -96,7 +96,7 @@ class ModelPruning(Callback):
         self._options: dict[str, Any] = {"dim": pruning_dim} if structured else {}
         if method is prune.LnStructured:
             self._options["n"] = pruning_norm
-        self._given = list(parameters_to_prune)
+        self._given = list(parameters_to_prune or ())
         self._names = parameter_names or ["weight", "bias"]
         self._global = use_global_unstructured
         self._amount = amount

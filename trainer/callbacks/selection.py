@@ -16,10 +16,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from trainer.config import Config
-    from trainer.trainer import Trainer
 
 
-def arrange(config: Config, trainer: Trainer) -> list[Any]:
+def arrange(config: Config) -> list[Any]:
     """The user's callbacks and those that every Trainer has unless told otherwise.
 
     Raises:
@@ -33,9 +32,9 @@ def arrange(config: Config, trainer: Trainer) -> list[Any]:
                 f"callbacks={callback!r}: a {type(callback).__module__}.{type(callback).__qualname__} is not a "
                 "trainer.Callback. A callback written against another package must import its base class from here."
             )
-    _add(chosen, Checkpoint, ModelCheckpoint, config.enable_checkpointing, "enable_checkpointing", trainer)
-    _add(chosen, ProgressBar, RichProgressBar, config.enable_progress_bar, "enable_progress_bar", trainer)
-    _add(chosen, ModelSummary, ModelSummary, config.enable_model_summary, "enable_model_summary", trainer)
+    _add(chosen, Checkpoint, ModelCheckpoint, config.enable_checkpointing, "enable_checkpointing")
+    _add(chosen, ProgressBar, RichProgressBar, config.enable_progress_bar, "enable_progress_bar")
+    _add(chosen, ModelSummary, ModelSummary, config.enable_model_summary, "enable_model_summary")
     if sum(isinstance(c, ProgressBar) for c in chosen) > 1:
         raise ConfigError("callbacks holds more than one progress bar; give one.")
     if config.max_time is not None:
@@ -44,17 +43,15 @@ def arrange(config: Config, trainer: Trainer) -> list[Any]:
         chosen.append(Timer(config.max_time))
     if config.save_every is not None:
         periodic = PeriodicCheckpoint(config.save_every)
-        if not config.enable_checkpointing and not config.fast_dev_run:
+        if not config.enable_checkpointing:
             raise ConfigError(f"save_every={config.save_every!r} and enable_checkpointing=False contradict each other.")
         chosen.append(periodic)
     return ordered(chosen)
 
 
-def _add(
-    chosen: list[Any], kind: type[Callback], default: type[Callback], enabled: bool | None, flag: str, trainer: Trainer
-) -> None:
+def _add(chosen: list[Any], kind: type[Callback], default: type[Callback], enabled: bool | None, flag: str) -> None:
     given = [c for c in chosen if isinstance(c, kind)]
-    if given and not enabled and not trainer.fast_dev_run:
+    if given and not enabled:
         raise ConfigError(f"{flag}=False, but callbacks holds a {type(given[0]).__name__}; drop one of the two.")
     if not given and enabled:
         chosen.append(default())

@@ -107,6 +107,23 @@ class NoExperiment:
         return None
 
 
+class SilentLogger(Logger):
+    """Stands for the loggers of a run that logs nothing: code that calls them, or theirs, runs as it is."""
+
+    name = None
+    version = None
+    experiment = NoExperiment()
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        pass
+
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.experiment, name)
+
+
 def rank_zero_experiment(method: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """For a logger's `experiment` property: other ranks than global rank 0 get a `NoExperiment`.
 
