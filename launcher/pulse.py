@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 __all__ = ["BEAT_S", "Beating", "Pulse"]
 
 BEAT_S = 1.0
-# Beside 8 busy processes on 2 cores, at a load of 19, and with a busy main thread of its own, an agent's signs came 1.45
-# s apart at worst in 100 s (benchmarks/liveness.py). After 2 s it is noted, after 4 the agent is given up: then a node
-# that stands still is known to within 5, and one that only has too much to do has twice the time that was ever seen.
+# Beside 8 busy processes on 2 cores, at a load of 19, and with a busy main thread of its own, signs came at worst
+# 1.45 s apart in 100 s (benchmarks/liveness.py). After 2 s it is noted, after 4 the agent is given up: a node that
+# stands still is known within 5, and one that only has too much to do has twice the time that was ever seen.
 _LATE_S = 2.0
 _SILENT_S = 4.0
 _LOOK_S = 0.25
