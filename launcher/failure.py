@@ -199,10 +199,9 @@ def exception_in(lines: Iterable[str]) -> dict[str, Any] | None:
     if start is None:
         return None
     end = next((i for i in range(start + 1, len(lines)) if lines[i] and not lines[i].startswith(" ")), None)
-    found = None if end is None else _EXCEPTION.fullmatch(lines[end])
-    if found is None:
+    if end is None or (found := _EXCEPTION.fullmatch(lines[end])) is None:
         return None
-    trace = "\n".join(lines[start : lines.index(lines[end], start) + 1])
+    trace = "\n".join(lines[start : end + 1])
     return {"type": found["type"], "message": found["message"] or "", "traceback": trace}
 
 

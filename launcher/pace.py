@@ -126,6 +126,11 @@ class Paces:
     _slow: dict[tuple[int, int], int] = field(default_factory=dict)  # by node and rank: looks in a row, not named yet
     _named: dict[tuple[int, int], int] = field(default_factory=dict)  # looks in a row in which it was not slow
 
+    @property
+    def slow(self) -> list[int]:
+        """The ranks that hold up the others now."""
+        return sorted(rank for _, rank in self._named)
+
     def told(self, node: int, host: str, message: dict[str, Any], now: float) -> list[Slow]:
         """A node's message has come; who has turned out to be slow with it, and who no longer is."""
         if not self._due:

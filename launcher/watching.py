@@ -9,13 +9,14 @@ from __future__ import annotations
 import mmap
 import os
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from launcher.hangs import Patience
 from launcher.pace import Meter
 from launcher.processes import schedule_of
 from launcher.progress import PAGE, Beat, Progress
 from launcher.stacks import Group, kernels_word, where
+from launcher.vitals import Rate, memory_of, phase_name
 
 if TYPE_CHECKING:
     from launcher.pace import Pace
@@ -32,6 +33,7 @@ class RankView:
         self.rank = rank
         self._patience = Patience(hang_timeout_s, time.monotonic())
         self._meter = Meter(rank)
+        self._rate = Rate()
         self._printed: float | None = None
         self._stacks = os.memfd_create(f"launch-stacks-{rank}", os.MFD_CLOEXEC)
         self._page = os.memfd_create(f"launch-progress-{rank}", os.MFD_CLOEXEC)
@@ -65,6 +67,16 @@ class RankView:
     def pace(self, pid: int, now: float) -> Pace | None:
         """How long its steps took since this was last answered; None: it does not tell, or they were too few."""
         return self._meter.look(Beat.of_page(self._map), now, schedule_of(pid))
+
+    def vitals(self, pid: int) -> dict[str, Any]:
+        """What it does and takes, for who watches. age_s: seconds since its last step."""
+        beat = Beat.of_page(self._map)
+        row: dict[str, Any] = {"rank": self.rank, "pid": pid, "rss": memory_of(pid)}
+        if beat is None:
+            return row
+        age = round(time.monotonic() - beat.at, 2) if beat.at else None
+        return row | {"step": beat.step, "phase": phase_name(beat.phase), "age_s": age, "loss": beat.loss,
+                      "rate": self._rate.look(beat)}  # fmt: skip
 
     def forget_stacks(self) -> None:
         """It is about to be asked again."""
