@@ -28,6 +28,7 @@ from launcher.errors import LaunchError, UsageError
 from launcher.failure import RankExit, exception_in, read_error_file, signal_name
 from launcher.hangs import EVERY_S
 from launcher.logs import Console, Forwarded, RankLog, prefix_for
+from launcher.nvml import GpuWatch, of_rank
 from launcher.pace import every_s, summary
 from launcher.processes import (
     become_subreaper,
@@ -41,6 +42,7 @@ from launcher.pulse import Beating
 from launcher.spec import LaunchSpec, keeps_terminal
 from launcher.stacks import SIGNAL, merged
 from launcher.topology import Place, World, places, rank_environment
+from launcher.vitals import gathered
 from launcher.watching import RankView
 from launcher.zygote import serve
 
@@ -247,6 +249,7 @@ class Node:
         self._views: dict[int, RankView] = {}
         self._look_at = 0.0
         self._pace_at = 0.0
+        self._gpus = GpuWatch()
         self._asked_for: str | None = None  # stacks, under this name
         self._collect_at = 0.0
         self._places: dict[int, Place] = {}
@@ -472,6 +475,19 @@ class Node:
         if found := [pace for pace in paces if pace is not None]:
             self._report({"pace": summary(found), "attempt": world.attempt})
 
+    def _tell_vitals(self, most: int) -> None:
+        """Somebody watches: what each rank does and takes. most: of how many it is to be told one by one."""
+        gpus = [] if self.spec.device == "cpu" else self._gpus.look()
+        rows: list[dict[str, Any]] = [{"rank": e.rank, "rss": 0, "exit": e.code} for e in self.exits.values()]
+        for local, pid in self._pids.items():
+            row = self._views[local].vitals(pid)
+            if local in self._logs and (tail := self._logs[local].tail):
+                row["line"] = tail[-1][:200]
+            if (gpu := of_rank(gpus, self.base.get("CUDA_VISIBLE_DEVICES"), local)) is not None:
+                row["gpu"] = gpu
+            rows.append(row)
+        self._report({"vitals": gathered(rows, most)})
+
     def _ask_for_stacks(self, name: str) -> None:
         if self._asked_for is None:
             self._asked_for, self._collect_at = name, time.monotonic() + _STACKS_WITHIN_S
@@ -506,6 +522,8 @@ class Node:
                 self.stop(0.0)
             elif "stacks" in message:
                 self._ask_for_stacks(message["stacks"])
+            elif "vitals" in message:
+                self._tell_vitals(message["vitals"]["most"])
             elif "shown" in message and self._forwarded is not None:
                 self._forwarded.shown(message["shown"])
             elif "given up" in message:

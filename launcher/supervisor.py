@@ -32,6 +32,7 @@ from launcher.pulse import BEAT_S, Pulse
 from launcher.scheduling import StopWatch
 from launcher.stacks import SIGNAL, Census
 from launcher.starting import spawn_agent, stop_signals
+from launcher.vitals import Audience
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -114,6 +115,7 @@ class Supervisor:
         self._watch = None if scheduler is None else StopWatch(scheduler, spec)
         self._census: Census | None = None  # of stacks, while nodes still answer
         self._paces: Paces | None = None
+        self._audience = Audience(run.path)
         self._roll = None if fleet is None else Roll(fleet)
         self._remains = None if fleet is None else Remains(fleet)
         self._pulse = Pulse(time.monotonic())
@@ -187,6 +189,8 @@ class Supervisor:
             return self.gang.outcome
         finally:
             self._put_down()
+            if self._audience.due is not None:
+                self._audience.close()
             self._relay.close()
             signal.set_wakeup_fd(old_fd)
             for number, handler in old.items():
@@ -229,7 +233,8 @@ class Supervisor:
         while self._signals:
             number = self._signals.pop(0)
             if number == SIGNAL:
-                self._take_census(None)
+                if not self._audience.called(time.monotonic()):
+                    self._take_census(None)
                 continue
             if self._watch is not None and number != signal.SIGINT:
                 self._heed(self._watch.inquire(number))
@@ -249,6 +254,8 @@ class Supervisor:
         self._relay.settle()
         if self._census is not None and time.monotonic() >= self._census.by:
             self._end_census(self._census)
+        if self._audience.due is not None and time.monotonic() >= self._audience.due:
+            self._ask_for_vitals()
         if self.gang.phase is not Phase.STOPPING:
             self._quiet_by = None
         elif self._quiet_by is not None and time.monotonic() >= self._quiet_by:
@@ -281,6 +288,8 @@ class Supervisor:
             due.append(self._quiet_by - time.monotonic())
         if self._census is not None:
             due.append(self._census.by - time.monotonic())
+        if self._audience.due is not None:
+            due.append(self._audience.due - time.monotonic())
         if self._roll is not None and (wait_s := self._roll.wait_s()) is not None:
             due.append(wait_s)
         return max(0.0, min(due))
@@ -350,6 +359,21 @@ class Supervisor:
         for slow in self._paces.told(agent.index, agent.host, pace, time.monotonic()):
             self.run.event("slow", attempt=attempt, **slow.to_json())
             self._say(str(slow))
+
+    def _ask_for_vitals(self) -> None:
+        """Somebody watches: ask the agents what their ranks do."""
+        if self._audience.unwritten:
+            self._show_vitals()
+        nodes, most = self._audience.ask(time.monotonic(), self.gang.busy)
+        for node in nodes:
+            self._send(node, {"vitals": {"most": most}})
+        if not nodes and self._audience.due is not None:
+            self._show_vitals()
+
+    def _show_vitals(self) -> None:
+        gang = self.gang
+        self._audience.write({"attempt": gang.attempt, "phase": gang.phase.value, "hosts": self._hosts(gang.members),
+                              "slow": [] if self._paces is None else self._paces.slow})  # fmt: skip
 
     # -------------------------------------------------------------------------------------------- stacks
 
@@ -465,6 +489,9 @@ class Supervisor:
             self._relay.take(agent.link, message["console"], message["text"])
         elif "progress" in message:
             self._at_step(Progress(**message["progress"]))
+        elif "vitals" in message:
+            if self._audience.answered(agent.index, agent.host, message["vitals"]):
+                self._show_vitals()
         elif "pace" in message:
             self._compare(agent, message["pace"], message["attempt"])
         elif "drained" in message:

@@ -32,6 +32,7 @@ NAMES = {
     "config": "which defaults hold, and from which file",
     "ckpt": "look at, check, compare, convert and clean up checkpoints",
     "stacks": "where the ranks of a running run are",
+    "top": "watch its ranks: steps, memory, GPUs",
     "doctor": "whether machines are fit for a run, and what to do where not",
     "drill": "prove that a script resumes exactly, or name the state that it loses",
     "completion": "completion for bash, zsh or fish",
