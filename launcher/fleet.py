@@ -90,17 +90,22 @@ class Roll:
     def due(self) -> list[int]:
         """Nodes to be tried now; while many are on their way the others wait."""
         now = time.monotonic()
-        self._setting_out = {node: at for node, at in self._setting_out.items() if now - at < _SLOW_S}
-        room = _AT_ONCE - len(self._setting_out)
+        room = _AT_ONCE - len(self._in_time())
         found = [node for node, at in self._try_at.items() if now >= at][: max(0, room)]
         for node in found:
             del self._try_at[node]
             self._setting_out[node] = now
         return found
 
+    def _in_time(self) -> list[float]:
+        """Since when those are on their way that do not take too long."""
+        now = time.monotonic()
+        return [at for at in self._setting_out.values() if now - at < _SLOW_S]
+
     def check(self, missing: Sequence[int]) -> None:
         """Raise `MeetingError` that names every missing node, once none of them can still come."""
-        if missing and all(node in self._absent and node not in self._try_at for node in missing):
+        may_come = self._try_at.keys() | self._setting_out.keys()
+        if missing and all(node in self._absent and node not in may_come for node in missing):
             raise MeetingError(self.story(missing))
 
     def story(self, missing: Sequence[int]) -> str:
@@ -114,8 +119,8 @@ class Roll:
         if not self._try_at:
             return None
         due = min(self._try_at.values())
-        if len(self._setting_out) >= _AT_ONCE:
-            due = max(due, min(self._setting_out.values()) + _SLOW_S)
+        if len(under_way := self._in_time()) >= _AT_ONCE:
+            due = max(due, min(under_way) + _SLOW_S)
         return max(0.0, due - time.monotonic())
 
 
