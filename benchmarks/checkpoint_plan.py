@@ -49,7 +49,7 @@ def ours(folder: Folder, ranks: int, tensors: int) -> dict[str, float]:
     for rank in range(ranks):
         Path(f"{folder.path}/rank-{rank:05d}.jsonl").write_bytes(record(rank, ranks, tensors).dump())
     began = time.perf_counter()
-    manifest = commit(folder, Manifest("x", folder.name, 1, ranks, (), 0.0), 1.0)
+    manifest = commit(folder, Manifest("x", folder.name, 1, ranks, (), 0.0), 1.0, {})
     times["rank 0 commits"] = time.perf_counter() - began
     began = time.perf_counter()
     contents = read_contents(Checkpoint(folder, manifest))

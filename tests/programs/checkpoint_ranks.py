@@ -1,8 +1,9 @@
-"""Saves and loads on real ranks: `checkpoint_ranks.py save|load|fail URL`."""
+"""Saves and loads on real ranks: `checkpoint_ranks.py save|load|fail|lost URL`."""
 
 from __future__ import annotations
 
 import errno
+import os
 import signal
 import sys
 import warnings
@@ -16,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainer.checkpoint import Store, snapshot
-from trainer.checkpoint.catalog import open_checkpoint
+from trainer.checkpoint.catalog import checkpoints_in, open_checkpoint
 from trainer.checkpoint.folder import Folder
 from trainer.distributed import World, connect
 from trainer.errors import CheckpointError, CheckpointWriteError
@@ -120,6 +121,23 @@ def polled(store: Store) -> None:
         pass
 
 
+def lost(world: World, store: Store) -> None:
+    """A rank is killed before it has written its part: rank 0 waits for it no longer, and says so."""
+    size = int(os.environ["ELEMENTS"])
+    store.save({"t": torch.zeros(size)}, step=1)
+    if world.rank == 1:
+        store.background.begin = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    store.save({"t": torch.ones(size)}, step=2, wait=False)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        store.close()
+    (said,) = (str(w.message) for w in caught)
+    assert "step-000000000002 was not committed: CheckpointWriteError: Rank 1 (process" in said, said
+    assert [c.manifest.step for c in checkpoints_in(store.folder)] == [1]
+    print("SAID", said, flush=True)
+    os._exit(0)  # the group is not whole
+
+
 def fail(world: World, store: Store) -> None:
     """What goes wrong on one rank is learnt, and answered alike, by all."""
     state = {str(i): torch.full((600_000,), float(i)) for i in range(4)}  # large enough for processes
@@ -189,6 +207,8 @@ def main(action: str, url: str) -> None:
             fail(world, store)
             short_of_memory(world, f"{url}-short")
             return
+        if action == "lost":
+            lost(world, store)
         model = build(seed=3 if action == "save" else 4)
         if action == "save":
             save(world, store, model)

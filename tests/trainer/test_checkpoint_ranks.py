@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+
+import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
@@ -40,6 +43,14 @@ def test_state_is_saved_by_three_ranks_and_loaded_by_two_by_one_and_by_dcp(gang,
     for key, tensor in state.items():
         part, name = key.split(".", 1)
         assert torch.equal(tensor, whole.state[part][name]), key
+
+
+@pytest.mark.parametrize("elements", ["1000", "3000000"], ids=["written by a thread", "by a process"])
+def test_a_rank_killed_in_a_save_is_not_waited_for(gang, tmp_path, elements):
+    first, second = gang(2, "checkpoint_ranks.py", "lost", str(tmp_path / "store"), env={"ELEMENTS": elements})
+    assert second.returncode == -signal.SIGKILL, second.stderr
+    assert first.returncode == 0, first.stderr
+    assert "ended before it had written its part" in first.stdout
 
 
 def test_what_goes_wrong_on_one_rank_is_answered_alike_by_all(gang, tmp_path):

@@ -242,11 +242,16 @@ class Background:
             raise
 
     def close(self) -> None:
-        """Wait for what this rank writes, and let its process and memory go. Asks no other rank."""
-        self._pending = None
-        self._thread.close()
-        self._process.close()
+        """Wait for what this rank writes, and let its process and memory go. Asks no other rank.
+
+        That a save has failed which nobody had awaited is a warning: whoever closes then has an error to tell already.
+        """
+        pending, self._pending = self._pending, None
+        outcomes = (self._thread.close(), self._process.close())
         self._snapshot.close()
+        for failure in (outcome.failure for outcome in outcomes if outcome is not None):
+            if failure is not None and pending is not None and not pending.told:
+                warnings.warn(f"The checkpoint {pending.saved.path} was not committed: {failure}", stacklevel=3)
 
     def _writer_for(self, folder: Folder, size: int) -> ThreadWriter | ProcessWriter:
         small = folder.local and size < _SMALL_BYTES and self.world.size <= _FEW_RANKS

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from trainer.checkpoint.folder import Folder
     from trainer.checkpoint.manifest import Manifest, Record
+    from trainer.checkpoint.peers import Peer
     from trainer.checkpoint.saved import After
     from trainer.checkpoint.writing import Content
 
@@ -47,7 +48,8 @@ class Job(Protocol):
 class Commit:
     """Rank 0's further work: the manifest, then the removal of what it makes superfluous.
 
-    collect_before: attempts begun before this time (seconds since 1970) and never committed are removed.
+    collect_before: attempts begun before this time (seconds since 1970) and never committed are removed. peers: the
+    processes of ranks on this machine.
     """
 
     store: Folder
@@ -55,6 +57,7 @@ class Commit:
     retention: Retention | None
     collect_before: float | None
     after: After
+    peers: dict[int, Peer]
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ class ShardJob:
         """On rank 0: commit, then clean up. What cannot be cleaned up does not make the save fail."""
         if self.commit is None:
             return
-        commit(self.folder, self.commit.manifest, COMMIT_TIMEOUT_S)
+        commit(self.folder, self.commit.manifest, COMMIT_TIMEOUT_S, self.commit.peers)
         unwanted = self.commit.after.record(str(self.folder.parent))
         with suppress(Exception):
             self._clean_up(self.commit, unwanted)

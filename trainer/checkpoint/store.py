@@ -18,6 +18,7 @@ from trainer.checkpoint.contents import Contents, read_contents
 from trainer.checkpoint.folder import Folder
 from trainer.checkpoint.job import Commit, ShardJob
 from trainer.checkpoint.manifest import DAMAGED, Manifest, Record, new_attempt, next_block
+from trainer.checkpoint.peers import Peer
 from trainer.checkpoint.plan import Part, cut, outline, parts_of_rank, structure
 from trainer.checkpoint.reader import Reading
 from trainer.checkpoint.saved import After, process_start
@@ -138,11 +139,13 @@ class Store:
         name = name if name is not None else f"step-{step:012d}"
         _check_name(name)
         files = _FILES if self.folder.takes_parts else 1
-        attempt, prepared = self._agree(lambda: _prepare(state, rank_state or {}, extra or {}, self.world, files))
+        attempt, peers, prepared = self._agree(
+            lambda: _prepare(state, rank_state or {}, extra or {}, self.world, files)
+        )
         task = self._job(prepared.record, Manifest(
             name, attempt, step, self.world.size, (), time.time(), dict(extra or {}),
             {"python": platform.python_version(), "torch": str(torch.__version__)},
-        ), after or After())  # fmt: skip
+        ), after or After(), peers)  # fmt: skip
         saved = Saved(str(self.folder / name), name, step, 0.0)
         if wait and self.folder.local:
             return self.background.at_once(task, prepared, saved, began)
@@ -163,25 +166,29 @@ class Store:
         if self._owns:
             self.background.close()
 
-    def _job(self, record: Record, manifest: Manifest, after: After) -> ShardJob:
+    def _job(self, record: Record, manifest: Manifest, after: After, peers: dict[int, Peer]) -> ShardJob:
         commit = None
         if self.world.rank == 0:
-            commit = Commit(self.folder, manifest, self.retention, self._collect_before, after)
+            commit = Commit(self.folder, manifest, self.retention, self._collect_before, after, peers)
             self._collect_before = None
         return ShardJob(self.folder / manifest.name / manifest.attempt, record, commit)
 
-    def _agree(self, prepare: Callable[[], _Prepared]) -> tuple[str, _Prepared]:
-        """One exchange: rank 0's attempt name, whether all could prepare, and whether their states fit together."""
+    def _agree(self, prepare: Callable[[], _Prepared]) -> tuple[str, dict[int, Peer], _Prepared]:
+        """One exchange: rank 0's attempt name, whether all could prepare, and whether their states fit together.
+
+        And the processes of those ranks that are on this machine.
+        """
         prepared, error = _attempt(prepare, "The state could not be taken apart")
-        answers = self.world.gather((new_attempt(), prepared and prepared.structure, error and str(error)))
-        failures = [(rank, message) for rank, (_, _, message) in enumerate(answers) if message is not None]
+        answers = self.world.gather((new_attempt(), Peer.own(), prepared and prepared.structure, error and str(error)))
+        failures = [(rank, message) for rank, (*_, message) in enumerate(answers) if message is not None]
         if failures:
             rank, message = failures[0]
             raise CheckpointError(f"Rank {rank}: {message}" if self.world.size > 1 else message) from error
         assert prepared is not None
-        if any(digest != answers[0][1] for _, digest, _ in answers):
+        if any(digest != answers[0][2] for _, _, digest, _ in answers):
             self._explain_difference(prepared.outline)
-        return answers[0][0], prepared
+        peers = {rank: peer for rank, (_, peer, _, _) in enumerate(answers) if peer.here}
+        return answers[0][0], peers, prepared
 
     def _explain_difference(self, own: list[str]) -> None:
         lines = self.world.gather(own)

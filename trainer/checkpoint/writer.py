@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from trainer.checkpoint.job import Job
     from trainer.checkpoint.snapshot import Snapshot
 
-# At the end of the process, rank 0's writer waits so long for records of other ranks, which may be dead.
+# At the end of the process, rank 0's writer waits so long for records of ranks on other machines, which may be dead.
 _PATIENCE_AT_EXIT_S = 60.0
 # A process whose connection is closed leaves at once, unless it hangs in a system call.
 _ENDS_WITHIN_S = 5.0
@@ -59,6 +59,13 @@ class Writer:
         with self._changed:
             self._changed.wait_for(lambda: len(self._stages) > number, timeout_s)
             return self._stages[number] if len(self._stages) > number else None
+
+    def _end(self) -> Outcome | None:
+        """Wait for the job in hand, but not for ever for what other ranks have to do; how it went, if there was one."""
+        if self._thread is None or self.stage(0, None) is None:
+            return None
+        late = Outcome(f"other ranks had not written their parts {_PATIENCE_AT_EXIT_S:.0f} s later.")
+        return self.stage(1, _PATIENCE_AT_EXIT_S) or late
 
     def _watch(self, outcomes: Callable[[], Iterator[Outcome]]) -> None:
         """Take in the two outcomes of a job, in a thread."""
@@ -96,9 +103,12 @@ class ThreadWriter(Writer):
     def abandon(self) -> None:
         """Nothing: it writes what it has, and does not commit. A thread cannot be stopped."""
 
-    def close(self) -> None:
-        """Wait for the job in hand."""
-        self._join()
+    def close(self) -> Outcome | None:
+        """Wait for the job in hand; how it went. A thread that still waits for other ranks is left behind."""
+        outcome = self._end()
+        if len(self._stages) > 1:
+            self._join()
+        return outcome
 
 
 class ProcessWriter(Writer):
@@ -141,13 +151,12 @@ class ProcessWriter(Writer):
         """Give the job in hand up: another rank has failed, so there is nothing to commit."""
         self._stop()
 
-    def close(self) -> None:
-        """Wait for the job in hand, and end the process. In a forked child, which does not own it, nothing."""
+    def close(self) -> Outcome | None:
+        """Wait for the job in hand, and end the process; how it went. In a forked child, not its owner, nothing."""
         if self._owner != os.getpid() or self._process is None:
-            return
+            return None
         try:
-            if self._thread is not None and self.stage(0, None) is not None:
-                self.stage(1, _PATIENCE_AT_EXIT_S)
+            return self._end()
         finally:
             self._stop()
 

@@ -27,9 +27,10 @@ from trainer.checkpoint.seal import SEAL_BYTES, seal_of
 from trainer.errors import CheckpointDamagedError, CheckpointWriteError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Mapping
 
     from trainer.checkpoint.folder import Folder
+    from trainer.checkpoint.peers import Peer
 
 
 @dataclass(frozen=True)
@@ -82,13 +83,15 @@ def write_file(folder: Folder, name: str, content: Content) -> None:
     folder.upload([Stretch(name, 0, size + SEAL_BYTES)], content.descriptor)
 
 
-def commit(folder: Folder, manifest: Manifest, timeout_s: float) -> Manifest:
+def commit(folder: Folder, manifest: Manifest, timeout_s: float, peers: Mapping[int, Peer]) -> Manifest:
     """Wait for the records of all ranks, check that all files are there, and write the manifest (without `files`).
 
+    peers: the processes of ranks on this machine.
+
     Raises:
-        CheckpointWriteError: a rank failed, did not come in time, or the store lost a file.
+        CheckpointWriteError: a rank failed, ended, or did not come in time, or the store lost a file.
     """
-    sizes = _await_records(folder, manifest.world_size, timeout_s)
+    sizes = _await_records(folder, manifest.world_size, timeout_s, peers)
     files = []
     for rank in range(manifest.world_size):
         where = f"{folder}/{record_name(rank)}"
@@ -147,11 +150,12 @@ class _Pause:
         self.seconds = min(1.0, self.seconds * 1.5)
 
 
-def _await_records(folder: Folder, world_size: int, timeout_s: float) -> dict[str, int]:
+def _await_records(folder: Folder, world_size: int, timeout_s: float, peers: Mapping[int, Peer]) -> dict[str, int]:
     """The files of the folder, once every rank's record is among them."""
     deadline = time.monotonic() + timeout_s
     pause = _Pause()
     while True:
+        ended = [rank for rank, peer in peers.items() if peer.ended]  # before the look at what they left
         sizes = folder.sizes()
         missing = [rank for rank in range(world_size) if record_name(rank) not in sizes]
         if not missing:
@@ -163,6 +167,11 @@ def _await_records(folder: Folder, world_size: int, timeout_s: float) -> dict[st
         if failed:
             why = json.loads(folder.read(_failure_name(failed[0])))
             raise CheckpointWriteError(f"Rank {failed[0]} could not write its part of {folder}: {why}")
+        lost = [rank for rank in missing if rank in ended]
+        if lost:
+            raise CheckpointWriteError(
+                f"Rank {lost[0]} (process {peers[lost[0]].pid}) ended before it had written its part of {folder}."
+            )
         if time.monotonic() > deadline:
             raise CheckpointWriteError(
                 f"Ranks {missing[:8]} ({len(missing)} of {world_size}) did not write their part of {folder} within "
