@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import psutil
 from job import LAUNCH
 from netns import HEAD, Host, Network, command, wait_for
 
@@ -57,11 +58,16 @@ class Machines:
             self.start(name, number)
 
     def start(self, name: str, number: int) -> None:
-        """Switch a machine on."""
+        """Switch a machine on; the clocks of cyd are 2 s ahead."""
         disk = self.folder / f"disk-{name}"
         disk.mkdir(exist_ok=True)
         binds = [(self.folder / "ssh_config", "/etc/ssh/ssh_config"), (disk, "/srv")]
-        host = self.network.add(name, number, binds=binds)
+        self.network.add(name, number, binds=binds, ahead_s=2 if name == "cyd" else 0)
+        self.serve(name)
+
+    def serve(self, name: str) -> None:
+        """Start a machine's sshd."""
+        host = self.host(name)
         sshd = shutil.which("sshd")
         assert sshd is not None
         with open(self.folder / f"sshd-{name}.log", "ab") as log:
@@ -87,6 +93,21 @@ class Machines:
         keep = {n: os.environ[n] for n in ("PATH", "HOME", "LANG", "TMPDIR") if n in os.environ}
         enter = self.host(at).enter(cwd=cwd, environment=keep | (environment or {}))
         return subprocess.Popen([*enter, *map(str, words)], **settings)
+
+    def agents(self, name: str, role: str = "agent") -> list[int]:
+        """Pids of what runs of launches on a machine: its agents, the zygotes below them, or the ranks below those."""
+        ours = {p.pid for p in self.host(name).processes() if "from launcher.agent" in p.command}
+
+        def depth(pid: int) -> int:
+            above = psutil.Process(pid).ppid()
+            return 1 + depth(above) if above in ours else 0
+
+        found = []
+        for pid in sorted(ours):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if depth(pid) == ("agent", "zygote", "rank").index(role):
+                    found.append(pid)
+        return found
 
     def left(self, needle: str, at: tuple[str, ...] = (HEAD, *NAMES)) -> list[str]:
         """Commands on these machines that have `needle` in them."""

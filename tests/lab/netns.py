@@ -15,6 +15,7 @@ import os
 import shlex
 import signal
 import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,7 +108,7 @@ class Host:
         On a host without processes of its own the started process becomes the command itself: same pid, so signals
         reach it. On the others a process stays outside that only waits for it.
         """
-        kinds = ["--net", "--uts", "--mount", "--ipc"] + (["--pid"] if self.own_pids else [])
+        kinds = ["--net", "--uts", "--mount", "--ipc"] + (["--pid", "--time"] if self.own_pids else [])
         words = ["nsenter", "--target", str(self.pid), *kinds, "env", "--chdir", str(cwd)]
         if environment is not None:
             words += ["-i", *(f"{name}={value}" for name, value in environment.items())]
@@ -170,8 +171,19 @@ class Network:
         # Names are in the file or nowhere: no host here reaches a name server, and a query would wait for seconds.
         (self.folder / "nsswitch.conf").write_text("passwd: files\ngroup: files\nshadow: files\nhosts: files\n")
 
-    def add(self, name: str, number: int, *, own_pids: bool = True, binds: Sequence[tuple[Path, str]] = ()) -> Host:
-        """Start a host at SUBNET.`number`; `binds` are (file or folder, the path where the host sees it)."""
+    def add(
+        self,
+        name: str,
+        number: int,
+        *,
+        own_pids: bool = True,
+        binds: Sequence[tuple[Path, str]] = (),
+        ahead_s: int = 0,
+    ) -> Host:
+        """Start a host at SUBNET.`number`; `binds` are (file or folder, the path where the host sees it).
+
+        ahead_s: of its clocks that count from boot; the kernel has no namespaces for the time of day.
+        """
         mounts = [(self.folder / "hosts", "/etc/hosts"), (self.folder / "nsswitch.conf", "/etc/nsswitch.conf"), *binds]
         setup = [
             f"hostname {shlex.quote(name)}",
@@ -182,7 +194,8 @@ class Network:
             "trap '' CHLD",
             f"exec -a {shlex.quote(self._mark(name))} sleep infinity",
         ]
-        pids = ["--pid", "--fork", "--kill-child", "--mount-proc"] if own_pids else []
+        ahead = ["--time", "--monotonic", str(ahead_s), "--boottime", str(ahead_s)]
+        pids = ["--pid", "--fork", "--kill-child", "--mount-proc", *ahead] if own_pids else []
         with open(self.folder / f"host-{name}.log", "w") as log:
             # A child of nobody here: who brings the lab up may leave it up.
             subprocess.run(
@@ -230,6 +243,33 @@ class Network:
 
     def link_up(self, name: str) -> None:
         self._on_bridge("ip", "link", "set", name, "up")
+
+    @contextlib.contextmanager
+    def bad_cable(self, name: str, *, delay_s: float = 0.0, loss: float = 0.0) -> Iterator[None]:
+        """A host's frames take so long, and get lost with this probability, in each direction."""
+        self._on_bridge("ip", "link", "add", f"{name}-a", "type", "veth", "peer", "name", f"{name}-b")
+        for end in (f"{name}-a", f"{name}-b"):
+            self._on_bridge("ip", "link", "set", end, "up")
+        words = [
+            "nsenter",
+            "--target",
+            str(self.host(HEAD).pid),
+            "--net",
+            sys.executable,
+            Path(__file__).parent / "wire.py",
+        ]
+        wire = subprocess.Popen([*words, name, f"{name}-a", str(delay_s), str(loss)], stdout=subprocess.PIPE)
+        try:
+            assert wire.stdout is not None
+            wire.stdout.readline()
+            self._on_bridge("ip", "link", "set", name, "nomaster")
+            self._on_bridge("ip", "link", "set", f"{name}-b", "master", "bridge0")
+            yield
+        finally:
+            self._on_bridge("ip", "link", "del", f"{name}-a")
+            self._on_bridge("ip", "link", "set", name, "master", "bridge0")
+            wire.kill()
+            wire.communicate()
 
     def down(self) -> None:
         """Power every host off."""
