@@ -608,7 +608,7 @@ def after_batch(run: Fit, is_last: bool) -> bool:
                 hooks.on_validation_model_zero_grad()
             else:
                 run.module.zero_grad()
-        run.before_validation = Before(run.module, [])
+        run.before_validation = Before(run, [], copied=True)
         trainer.state.stage = RunningStage.VALIDATING
         evaluate(run.validation)
         trainer.state.stage = RunningStage.TRAINING

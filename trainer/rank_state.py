@@ -28,17 +28,16 @@ def rank_state(run: Fit) -> dict[str, Any]:
     """Random state, the epoch's half-reduced values, the loaders' state, gradients of an unfinished window."""
     broken_off = run.state.resume_at == "validation" and run.before_validation is not None
     # A validation that was broken off is done again, from what was there before it.
-    before: Any = run.before_validation if broken_off else Before(run.module, run.metrics.passing())
+    before: Any = run.before_validation if broken_off else Before(run, run.metrics.passing())
     state: dict[str, Any] = {
         "rng": before.rng,
         "metrics": run.metrics.state_dict(),
         "torchmetrics": before.torchmetrics,
         "feed": run.feed.state_dict(),
     }
-    window = in_flight(run)
-    if run.world.size > 1 and not run.parallel.sharded and (window or run.parallel.share_buffers is None):
-        state["buffers"] = dict(run.module.named_buffers())
-    if window:
+    if before.buffers:
+        state["buffers"] = before.buffers
+    if in_flight(run):
         # DDP has not exchanged them yet, so they are not the same on all ranks.
         state["gradients"] = {n: p.grad for n, p in run.module.named_parameters() if p.grad is not None}
     return state
@@ -53,11 +52,19 @@ def in_flight(run: Fit) -> int:
 
 
 class Before:
-    """What a validation changes although it belongs to training: random state, and torchmetrics objects."""
+    """What a validation changes although it belongs to training: random state, torchmetrics objects, and this rank's
+    own buffers, where averages stand in for them.
 
-    def __init__(self, module: torch.nn.Module, left_out: list[Any]) -> None:
+    copied: the buffers are copies. left_out: torchmetrics objects that are not wanted.
+    """
+
+    def __init__(self, run: Fit, left_out: list[Any], *, copied: bool = False) -> None:
         self.rng = rng_state()
-        self.torchmetrics = metric_states(module, left_out)
+        self.torchmetrics = metric_states(run.module, left_out)
+        self.buffers: dict[str, Tensor] = {}
+        own = in_flight(run) or run.parallel.share_buffers is None
+        if run.world.size > 1 and not run.parallel.sharded and own:
+            self.buffers = {n: b.clone() if copied else b for n, b in run.module.named_buffers()}
 
 
 def place_in_epoch(run: Fit, found: Found, *, anew: bool) -> Found:

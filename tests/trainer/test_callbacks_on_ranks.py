@@ -30,3 +30,9 @@ def test_ranks_act_as_one(gang, tmp_path):
     assert (tmp_path / "csv" / "version_0" / "metrics.csv").read_text().count("\n") > 8
     assert [r.stdout.count(" it/s") for r in results] == [4, 0]
     assert "[rank 1]" in results[1].stdout
+
+
+def test_a_run_that_was_saved_in_a_validation_of_its_averages_goes_on_with_its_own_buffers(gang, tmp_path):
+    for result in gang.ok(2, "averages_ranks.py", str(tmp_path)):
+        whole, resumed = (result.stdout.split(word)[1].split()[0] for word in ("WHOLE", "RESUMED"))
+        assert whole == resumed
