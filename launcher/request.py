@@ -295,7 +295,7 @@ def _spec_from(o: dict[str, Any], where: _Where) -> LaunchSpec:
         preload=preload,
         output=_output(o),
         meeting=meeting,
-        slurm=_slurm(o, where, nodes, procs, device),
+        slurm=_slurm(o, where, (least, nodes), procs, device),
         ssh=_ssh(o, where, procs),
         environment=_environment(o),
         role=o["role"],
@@ -344,11 +344,11 @@ def _nodes(o: dict[str, Any], where: _Where) -> tuple[int, int, Meeting | None]:
     """The least and the most nodes of an attempt, and where they meet if each is started by somebody else."""
     if o["nodes"] is not None and o["nnodes"] is not None:
         raise UsageError("--nodes and --nnodes are the same thing: give one of them")
-    least = nodes = where.nodes
+    spares = _spares(o)
+    least = nodes = where.nodes - spares if where.place == "allocation" else where.nodes
     for name in ("nodes", "nnodes"):
         if o[name] is not None:
             least, nodes = _least_and_most(f"--{name}", o[name])
-    spares = _spares(o)
     by_hand = o["rdzv_endpoint"] or o["node_rank"] is not None or o["master_addr"]
     if o["standalone"] and nodes > 1:
         raise UsageError(f"--standalone is one node, --nnodes asks for {nodes}")
@@ -356,13 +356,17 @@ def _nodes(o: dict[str, Any], where: _Where) -> tuple[int, int, Meeting | None]:
         if by_hand and nodes > 1:
             who = "--backend local starts all nodes here" if where.place == "here" else "Slurm starts all nodes"
             raise UsageError(f"{who}; leave --rdzv-endpoint, --node-rank and --master-addr out")
-        if where.place in ("allocation", "step") and not 0 < nodes <= where.nodes:
-            raise UsageError(f"{nodes} nodes: the {where.place} that this is in has {where.nodes}")
+        if where.place == "allocation":
+            nodes = max(least, min(nodes, where.nodes - spares))
+        if nodes < 1:
+            raise UsageError(f"{nodes} nodes, {spares} spares: the {where.place} that this is in has {where.nodes}")
+        if where.place in ("allocation", "step") and nodes + spares > where.nodes:
+            raise UsageError(f"{nodes + spares} nodes: the {where.place} that this is in has {where.nodes}")
         if where.place == "step" and nodes != where.nodes:
             raise UsageError(f"{nodes} nodes: srun started this on {where.nodes}; leave --nodes out")
-        if where.place in ("job", "allocation", "step") and (spares or least < nodes):
+        if where.place == "step" and (spares or least < nodes):
             flag = f"--spares {spares}" if spares else f"--nodes {least}:{nodes}"
-            raise UsageError(f"{flag}: on Slurm the number of nodes is one; a job that loses a node is requeued")
+            raise UsageError(f"{flag}: srun starts all nodes of its step at once; leave it, or srun, out")
         return least, nodes, None
     if o["standalone"] or (nodes == 1 and not spares and not o["rdzv_endpoint"]):
         if o["node_rank"]:
@@ -478,12 +482,20 @@ def _procs_elsewhere(o: dict[str, Any]) -> tuple[int, Any]:
     return int(o["nproc_per_node"] or 1), "any"
 
 
-def _slurm(o: dict[str, Any], where: _Where, nodes: int, procs: int, device: str) -> Slurm | None:
+def _slurm(o: dict[str, Any], where: _Where, nodes: tuple[int, int], procs: int, device: str) -> Slurm | None:
     if where.place not in ("job", "allocation"):
         return None
     options: dict[str, str | int | bool] = {}
     if where.place == "job":
-        options |= {"nodes": nodes, "ntasks-per-node": 1}
+        least, most = nodes
+        places = most + _spares(o)
+        if least < most:
+            # With --ntasks-per-node 22.05 gives the least of a range even where all nodes are idle.
+            options["nodes"] = f"{least}-{places}"
+        else:
+            options |= {"nodes": places, "ntasks-per-node": 1}
+        if least < places:
+            options["no-kill"] = True  # Slurm else ends a job that loses a node
         each = 1 if o["cpus_per_rank"] is None else o["cpus_per_rank"]
         if each < 1:
             raise UsageError(f"--cpus-per-rank {each}: give a whole number >= 1")

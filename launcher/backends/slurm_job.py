@@ -75,6 +75,7 @@ class Job:
         self._environ = query_environment(os.environ)
         now = self._patiently(self._ask)
         self.before, self.batch, self.requeues = now.record, now.batch, now.requeues
+        self._nodes = min(spec.places, len(self.before.nodes)) if spec.elastic else spec.nodes
         partition = self._patiently(lambda: self._tool("scontrol", "show", "partition", self.before.partition))
         self._grace_s = grace_of_partition(partition)
         self._kill_wait_s = kill_wait_of_config(self._patiently(lambda: self._tool("scontrol", "show", "config")))
@@ -108,9 +109,11 @@ class Job:
         # Every option that a site's or a person's SLURM_* variables could change is said again; without -c a step of
         # 22.05 has one CPU per task.
         cpus = environment.get("SLURM_CPUS_PER_TASK")
-        words = ["srun", f"--nodes={self._spec.nodes}", f"--ntasks={self._spec.nodes}", "--ntasks-per-node=1",
+        # The run goes on when an agent is lost, or all agents go.
+        lost = ["--kill-on-bad-exit=0", "--no-kill", "--wait=0"] if self._spec.elastic else ["--kill-on-bad-exit=1"]
+        words = ["srun", f"--nodes={self._nodes}", f"--ntasks={self._nodes}", "--ntasks-per-node=1",
                  "--distribution=block", *([f"--cpus-per-task={cpus}"] if cpus else []), "--export=ALL", "--input=none",
-                 "--unbuffered", "--mpi=none", "--kill-on-bad-exit=1", f"--chdir={self._spec.cwd}"]  # fmt: skip
+                 "--unbuffered", "--mpi=none", *lost, f"--chdir={self._spec.cwd}"]  # fmt: skip
         return subprocess.Popen(
             [*words, *agent_command("srun", str(port))],
             env=environment,
@@ -269,6 +272,10 @@ def run(folder: RunFolder, say: Callable[[str], None]) -> int:
                  attempt=int(state["attempt"]) + 1)  # fmt: skip
     folder.set_state(job_id=record.job_id, raw_id=job.job_id, restart=job.restart)
     spec = folder.spec
+    if spec.elastic:
+        nodes = min(spec.nodes, len(record.nodes))
+        spares = min(spec.spares, len(record.nodes) - nodes)
+        spec = folder.spec = replace(spec, nodes=nodes, spares=spares)  # of what was asked for, in this job
     say(f"job {record.job_id} on {','.join(record.nodes)}, run {folder.run_id}, attempt {int(state['attempt']) + 1}: "
         f"{spec.world_size} rank(s) on {spec.nodes} node(s), folder {folder.path}")  # fmt: skip
     listener = socket.create_server(("", 0), family=socket.AF_INET, backlog=2048)

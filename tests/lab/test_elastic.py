@@ -8,12 +8,15 @@ import signal
 from typing import TYPE_CHECKING
 
 import pytest
+from job import Job
 from netns import wait_for
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from machines import Call, Machines
+
+    from lab import Lab
 
 pytestmark = [pytest.mark.lab, pytest.mark.ssh, pytest.mark.timeout(180)]
 
@@ -67,6 +70,25 @@ def attempt_on(call: Call, *hosts: str) -> None:
 
 def agents(machines: Machines, name: str) -> list[int]:
     return [p.pid for p in machines.host(name).processes() if "launcher.agent" in p.command]
+
+
+def test_a_slurm_job_goes_on_without_a_node(lab: Lab, tmp_path: Path) -> None:
+    """The same job, in the same life: it is not requeued, and what is left of the allocation is used."""
+    (tmp_path / "work.py").write_text(WORK)
+    job = Job.submit(lab, tmp_path, "--nodes", "2:3", "--procs", "1", program=(tmp_path / "work.py",))
+    job.wait_attempts(1)
+    assert job.of("attempt")[0]["hosts"] == ["node1", "node2", "node3"]
+    job.wait(lambda: "ranks 0 3" in job.output, "the ranks")
+    lab.kill_node("node3")
+    job.wait_attempts(2)
+    assert job.of("attempt")[1]["hosts"] == ["node1", "node2"]
+    job.wait(lambda: "ranks 0 2" in job.output, "the ranks")
+    (job.folder / "done").touch()
+    assert job.wait_over()["status"] == "finished", job.story()
+    assert not job.of("requeued")
+    (failed,) = job.of("attempt-failed")
+    assert "node 2: node3 " in failed["cause"]
+    lab.boot_node("node3")
 
 
 def test_the_first_host_is_cut_off_and_comes_back(work, machines: Machines) -> None:

@@ -40,6 +40,10 @@ def ask(text: str, surroundings: Surroundings):
         ("--backend local --nodes 2", LOGIN, "here", 2),
         ("--nodes 1 --gpus 8", LOGIN, "job", 1),
         ("--nodes 2 --procs 4", LOGIN, "job", 2),
+        ("--nodes 2:4", LOGIN, "job", 4),
+        ("--nodes 2:4", INSIDE, "allocation", 3),
+        ("--nodes 2 --spares 1", INSIDE, "allocation", 2),
+        ("--spares 1", INSIDE, "allocation", 2),
         ("-d --procs 4", LOGIN, "job", 1),
         ("--partition p", LOGIN, "job", 1),
         ("--sbatch gres=x", LOGIN, "job", 1),
@@ -69,6 +73,10 @@ def test_where(text: str, surroundings: Surroundings, where: str, nodes: int) ->
         ("--gpus 2", LOGIN, "add --nodes 1 to submit"),
         ("--gpus all --nodes 1", LOGIN, "on other hosts it must be a number"),
         ("--nodes 4", INSIDE, "4 nodes: the allocation that this is in has 3"),
+        ("--spares 3", INSIDE, "0 nodes, 3 spares"),
+        ("--nodes 4:5", INSIDE, "4 nodes: the allocation that this is in has 3"),
+        ("--nodes 3 --spares 1", INSIDE, "4 nodes: the allocation that this is in has 3"),
+        ("--nodes 1:2", STEP, "--nodes 1:2: srun starts all nodes of its step at once"),
         ("--nodes 1", STEP, "srun started this on 2; leave --nodes out"),
         ("--time 5", INSIDE, "inside job 7"),
         ("--procs 2", Surroundings(True, "7", 2, True, 8, 2), "srun --ntasks-per-node=1"),
@@ -111,3 +119,18 @@ def test_surroundings_are_read_from_what_slurm_sets() -> None:
     assert (slurm_name(batch), slurm_name(step)) == ("5", "5.0")
     element = batch | {"SLURM_ARRAY_JOB_ID": "3", "SLURM_ARRAY_TASK_ID": "4"}
     assert slurm_name(element) == "3_4"
+
+
+@pytest.mark.parametrize(
+    ("text", "options"),
+    [
+        ("--nodes 3", {"nodes": 3, "ntasks-per-node": 1}),
+        ("--nodes 2:3", {"nodes": "2-3", "no-kill": True}),
+        ("--nodes 2:3 --spares 1", {"nodes": "2-4", "no-kill": True}),
+        ("--nodes 3 --spares 1", {"nodes": 4, "ntasks-per-node": 1, "no-kill": True}),
+    ],
+)
+def test_what_slurm_is_asked_for_where_nodes_may_come_and_go(text: str, options: dict) -> None:
+    slurm = ask(text, LOGIN).spec.slurm
+    assert slurm is not None
+    assert slurm.options == options | {"cpus-per-task": 1}
