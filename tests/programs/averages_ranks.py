@@ -45,7 +45,9 @@ def train(ckpt_path: str | None) -> str:
         logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         callbacks=[T.callbacks.EMAWeightAveraging(decay=0.5)],
     )  # fmt: skip
-    trainer.fit(model, DataLoader(data, batch_size=4, shuffle=True), DataLoader(data, batch_size=8), ckpt_path=ckpt_path)
+    trainer.fit(
+        model, DataLoader(data, batch_size=4, shuffle=True), DataLoader(data, batch_size=8), ckpt_path=ckpt_path
+    )
     digest = hashlib.sha256()
     for value in model.state_dict().values():
         digest.update(value.numpy().tobytes())
