@@ -524,6 +524,8 @@ class Node:
                 self._ask_for_stacks(message["stacks"])
             elif "vitals" in message:
                 self._tell_vitals(message["vitals"]["most"])
+            elif "clock" in message:
+                self._report({"clock": message["clock"], "ns": time.monotonic_ns()})
             elif "shown" in message and self._forwarded is not None:
                 self._forwarded.shown(message["shown"])
             elif "given up" in message:

@@ -14,12 +14,13 @@ import signal
 import socket
 import subprocess
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from launcher import record
 from launcher.addresses import Addresses
 from launcher.channel import Channel, Message, keep_alive
+from launcher.clocks import Offset
 from launcher.errors import ClusterError, LaunchError, MeetingError, UsageError
 from launcher.failure import RankExit, signal_name
 from launcher.fleet import Remains, Roll
@@ -63,7 +64,7 @@ class _Agent:
     pid: int = 0
     started: int = 0  # when, in clock ticks since its host's boot
     why: str | None = None  # it leaves, as it said itself
-    shift_ns: int = 0  # from its monotonic clock to ours: each machine counts from its own start
+    clock: Offset = field(default_factory=Offset)
     hopeless: int | None = None  # exit code if starting it again cannot help
 
 
@@ -350,6 +351,13 @@ class Supervisor:
             self._shown = time.monotonic()
             self.run.set_state(progress=progress.to_json())
 
+    def _ask_for_clock(self, agent: _Agent) -> None:
+        """How far its clock is from ours now; ours is that of all agents that were started on this machine."""
+        now = time.monotonic_ns()
+        if (agent.process is None or self._roll is not None) and agent.clock.wants(now):
+            with contextlib.suppress(ConnectionError):  # its end is on the way, as the end of the connection
+                agent.link.send({"clock": now})
+
     def _compare(self, agent: _Agent, pace: dict[str, Any], attempt: int) -> None:
         """A node tells how fast its ranks are: name those that hold up the others."""
         if self.gang.phase is not Phase.RUNNING or attempt != self.gang.attempt or agent.index is None:
@@ -473,7 +481,7 @@ class Supervisor:
         elif "store" in message:
             self._do(self.gang.store_ready(message["attempt"], message["store"]["addr"], message["store"]["port"]))
         elif "exited" in message:
-            ended = RankExit.from_json(message["exited"]).on_clock(agent.shift_ns)
+            ended = RankExit.from_json(message["exited"]).on_clock(agent.clock.shift_ns)
             if ended.failed and self.gang.phase is Phase.RUNNING and self._stopped_by_scheduler():
                 ended = replace(ended, asked=True)  # of the scheduler's signal, which came before our own word
             progress = None if message["progress"] is None else Progress(**message["progress"])
@@ -492,7 +500,11 @@ class Supervisor:
         elif "vitals" in message:
             if self._audience.answered(agent.index, agent.host, message["vitals"]):
                 self._show_vitals()
+        elif "clock" in message:
+            agent.clock.answered(message["clock"], message["ns"], time.monotonic_ns())
+            self._ask_for_clock(agent)
         elif "pace" in message:
+            self._ask_for_clock(agent)
             self._compare(agent, message["pace"], message["attempt"])
         elif "drained" in message:
             if self._watch is not None:  # the ranks may have died of it
@@ -528,7 +540,7 @@ class Supervisor:
         if agent.process is not None:
             self._spawned.add(index)
         if agent.process is None or self._roll is not None:
-            agent.shift_ns = time.monotonic_ns() - hello["now_ns"]
+            agent.clock.told(hello["now_ns"], time.monotonic_ns())
         if self._roll is not None and self._remains is not None:
             self._roll.came(index)
             self._remains.end(index)
@@ -691,6 +703,9 @@ class Supervisor:
         gang = self.gang
         self._ran = True
         self._progress = self._live = None
+        for agent in self._agents:
+            if agent.joined:
+                self._ask_for_clock(agent)
         record.attempt_begins(
             self.run, gang.attempt, world_size, self._hosts(gang.members), self._hosts(gang.standing_by)
         )
