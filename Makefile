@@ -59,6 +59,8 @@ bench: $(BIN)/launch ## benchmarks beside their peers, which are installed first
 	$(BIN)/python -m pip install --quiet -e '.[peers]'
 	$(BIN)/python benchmarks/launch_time.py --json benchmarks/results/launch_time.json
 	$(BIN)/python benchmarks/step_overhead.py --json benchmarks/results/step_overhead.json
+	for what in agents log_load; do \
+	  $(BIN)/python benchmarks/$$what.py --json benchmarks/results/$$what.json || exit 1; done
 	for what in save s3 plan; do \
 	  $(BIN)/python benchmarks/checkpoint_$$what.py --json benchmarks/results/checkpoint_$$what.json || exit 1; done
 
