@@ -527,12 +527,25 @@ class Metrics:
             "progress": dict(self._progress),
         }  # fmt: skip
 
-    def load_state_dict(self, state: dict[str, Any], orphans: Iterable[dict[str, Any]] = ()) -> None:
-        """Go on from `state_dict`. orphans: what ranks left that are no more; sums over ranks take it in."""
+    def load_state_dict(
+        self, state: dict[str, Any], orphans: Iterable[dict[str, Any]] = (), *, joins: bool = False
+    ) -> None:
+        """Go on from `state_dict`. orphans: what ranks left that are no more; sums over ranks take it in.
+
+        joins: the state is rank 0's, and this rank is new. What all ranks report together it reports with them, and
+        has counted nothing of it, even if the epoch has no batch left for it.
+        """
         for saved in state["entries"]:
             entry = self._restored(saved)
-            if entry is not None:
-                self._sections["train"]["resumed", entry.label] = entry
+            if entry is None:
+                continue
+            if joins:
+                if entry.rank_zero_only or (entry.metric is None and not entry.sync_epoch):
+                    continue
+                last = entry.last
+                entry.reset()
+                entry.seen, entry.last = True, last
+            self._sections["train"]["resumed", entry.label] = entry
         for orphan in orphans:
             for saved in orphan["entries"]:
                 self._take_in(saved)

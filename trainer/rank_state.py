@@ -2,7 +2,7 @@
 
 On the same number of ranks everybody gets its own back. On fewer, a rank also stands in for those that are no more
 (its number plus once, twice, ... the number of ranks): their half-finished sums are added to its own. On more, a new
-rank begins with nothing counted, rank 0's newest values to read, and random numbers of its own.
+rank begins with nothing counted of what rank 0 counts, rank 0's newest values to read, and random numbers of its own.
 """
 
 from __future__ import annotations
@@ -96,13 +96,13 @@ def place_in_epoch(run: Fit, found: Found, *, anew: bool) -> Found:
 def restore_rank(run: Fit, found: Found) -> None:
     """Give this rank what it, and those it stands in for, had."""
     world, own = run.world, found.rank_state
+    joins = world.rank >= found.world_size
     if found.world_size < world.size:
-        read = {k: v for k, v in own["metrics"].items() if k != "entries"} if "metrics" in own else {}
-        read = world.broadcast(read)
-        if not own and read:
-            own = {"metrics": read | {"entries": []}}
+        counted = world.broadcast(own.get("metrics"))
+        if joins and counted:
+            own = {"metrics": counted}
     if "metrics" in own:
-        run.metrics.load_state_dict(own["metrics"], [o["metrics"] for o in found.orphans])
+        run.metrics.load_state_dict(own["metrics"], [o["metrics"] for o in found.orphans], joins=joins)
         load_metric_states(run.module, [o["torchmetrics"] for o in (own, *found.orphans) if "torchmetrics" in o])
     if found.world_size == world.size:
         for name, buffer in own.get("buffers", {}).items():

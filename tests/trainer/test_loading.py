@@ -501,3 +501,9 @@ def test_a_run_goes_on_in_mid_epoch_on_another_number_of_ranks(gang, tmp_path):
     seen += ids_of(results)
     assert sorted(seen) == list(range(53))
     assert all("validated" in r.stdout for r in results)
+
+
+def test_a_rank_that_joins_after_an_epochs_last_batch_reports_with_the_others(gang, tmp_path):
+    file, small = str(tmp_path / "a.ckpt"), {"SIZE": "6"}
+    gang.ok(1, "parallel_elastic.py", "stop", "3", file, env=small)
+    gang.ok(2, "parallel_elastic.py", "end", file, env=small)
