@@ -10,11 +10,13 @@ import importlib
 import inspect
 import os
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from trainer import callbacks, loggers
 from trainer.callbacks.callback import Callback
 from trainer.config import Config
 from trainer.data import DataModule
@@ -31,9 +33,29 @@ except ImportError as error:
     raise ConfigError("The command line needs jsonargparse: pip install 'jsonargparse[signatures]'.") from error
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
-__all__ = ["ArgumentParser", "LightningCLI", "MusterCLI", "ReduceLROnPlateau", "SaveConfigCallback"]
+__all__ = [
+    "ArgsType",
+    "ArgumentParser",
+    "LRSchedulerCallable",
+    "LightningArgumentParser",
+    "LightningCLI",
+    "MusterCLI",
+    "OptimizerCallable",
+    "ReduceLROnPlateau",
+    "SaveConfigCallback",
+]
+
+for package in (callbacks, loggers):
+    for public in package.__all__:
+        getattr(package, public)  # imported now: a class can be chosen by its name once it is there
+
+# Types for arguments of a Module that a person chooses: `optimizer: OptimizerCallable = torch.optim.Adam` is made in
+# configure_optimizers() as `self.optimizer(self.parameters())`, with `--model.optimizer SGD --model.optimizer.lr 0.1`.
+OptimizerCallable = Callable[[Iterable[Any]], torch.optim.Optimizer]
+LRSchedulerCallable = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
+ArgsType = list[str] | dict[str, Any] | Namespace | None
 
 
 class ReduceLROnPlateau(torch.optim.lr_scheduler.ReduceLROnPlateau):
@@ -355,4 +377,4 @@ def _make(made: type[Any] | None, config: Namespace, *arguments: Any) -> Any:
     return made(*arguments, **options)
 
 
-LightningCLI = MusterCLI
+LightningCLI, LightningArgumentParser = MusterCLI, ArgumentParser

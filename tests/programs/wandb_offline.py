@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -35,6 +36,9 @@ def main() -> None:
     )  # fmt: skip
     trainer.fit(Tiny(), DataLoader(TensorDataset(torch.ones(4, 2))))
     logger.log_table("table", columns=["a"], data=[[1]])
+    clip = Path(sys.argv[1], "clip.gif")
+    clip.write_bytes(b"GIF89a")  # sent as it is
+    logger.log_video("clip", [str(clip)], caption=["nothing moves"])
     print(f"ID {logger.version}", flush=True)
 
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import trainer as T
 from trainer.callbacks import EarlyStopping
-from trainer.cli import LightningCLI, MusterCLI
+from trainer.cli import LightningCLI, LRSchedulerCallable, MusterCLI, OptimizerCallable
 from trainer.errors import ConfigError
 
 
@@ -96,6 +96,31 @@ def test_an_object_as_argument_is_made_and_left_out_of_the_checkpoint(run):
     cli = run("fit", "--model.act=torch.nn.Tanh", "--trainer.fast_dev_run=true")
     assert isinstance(cli.model.layers[1], nn.Tanh)
     assert cli.model.hparams == {"width": 3, "lr": 0.1}
+
+
+class Chooses(Net):
+    def __init__(
+        self, optimizer: OptimizerCallable = torch.optim.Adam,
+        scheduler: LRSchedulerCallable = torch.optim.lr_scheduler.ConstantLR,
+    ):  # fmt: skip
+        super().__init__()
+        self.optimizer, self.scheduler = optimizer, scheduler
+
+    def configure_optimizers(self):
+        optimizer = self.optimizer(self.parameters())
+        return [optimizer], [self.scheduler(optimizer)]
+
+
+def test_a_module_takes_its_optimizer_and_scheduler_as_arguments(run):
+    cli = run("fit", classes=(Chooses, Data))
+    assert isinstance(cli.trainer.optimizers[0], torch.optim.Adam)
+    cli = run(
+        "fit", "--model.optimizer=SGD", "--model.optimizer.lr=0.5", "--model.scheduler=StepLR",
+        "--model.scheduler.step_size=1", classes=(Chooses, Data),
+    )  # fmt: skip
+    [optimizer], [scheduler] = cli.trainer.optimizers, cli.trainer.lr_scheduler_configs
+    assert (type(optimizer), optimizer.param_groups[0]["initial_lr"]) == (torch.optim.SGD, 0.5)
+    assert isinstance(scheduler.scheduler, torch.optim.lr_scheduler.StepLR)
 
 
 def test_own_arguments_links_and_hooks(run):

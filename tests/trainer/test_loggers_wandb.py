@@ -64,7 +64,7 @@ def test_offline_run_and_its_restart(gang, tmp_path):
     assert config["lr"] == 0.1
     logged = [row for row in rows if "p-loss" in row]
     assert [row["trainer/global_step"] for row in logged] == [1, 3]
-    assert any("p-table" in key for row in rows for key in row)
+    assert all(any(f"p-{kind}" in key for row in rows for key in row) for kind in ("table", "clip"))
     assert artifacts == [[f"model-{first}", ["best", "latest"], ["model.ckpt"]]]
     # A restart in the same run folder goes on in the same W&B run.
     assert fit(gang, tmp_path) == first

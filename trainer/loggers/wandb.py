@@ -6,7 +6,7 @@ import os
 import secrets
 from typing import TYPE_CHECKING, Any
 
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, LoggingError
 from trainer.loggers.logger import Logger, Uploads, plain_params, rank_zero_experiment, remembered
 from trainer.ranks import rank_zero_only
 
@@ -149,10 +149,30 @@ class WandbLogger(Logger):
     @rank_zero_only
     def log_image(self, key: str, images: list[Any], step: int | None = None, **kwargs: Any) -> None:
         """Log images (arrays, tensors, PIL images or paths); each of `kwargs` is a list with one value per image."""
+        self._log_media("Image", key, images, step, kwargs)
+
+    @rank_zero_only
+    def log_audio(self, key: str, audios: list[Any], step: int | None = None, **kwargs: Any) -> None:
+        """Log sounds (arrays or paths); each of `kwargs` is a list with one value per sound."""
+        self._log_media("Audio", key, audios, step, kwargs)
+
+    @rank_zero_only
+    def log_video(self, key: str, videos: list[Any], step: int | None = None, **kwargs: Any) -> None:
+        """Log videos (arrays of frames, or paths); each of `kwargs` is a list with one value per video."""
+        self._log_media("Video", key, videos, step, kwargs)
+
+    def _log_media(
+        self, kind: str, key: str, items: list[Any], step: int | None, options: dict[str, list[Any]]
+    ) -> None:
         import wandb
 
-        each = [{name: values[i] for name, values in kwargs.items()} for i in range(len(images))]
-        self.log_metrics({key: [wandb.Image(i, **options) for i, options in zip(images, each, strict=True)]}, step)
+        if wrong := [name for name, values in options.items() if len(values) != len(items)]:
+            raise LoggingError(
+                f"{key!r} has {len(items)} items; {wrong} must be lists with one value for each of them."
+            )
+        each = [{name: values[i] for name, values in options.items()} for i in range(len(items))]
+        media = [getattr(wandb, kind)(item, **own) for item, own in zip(items, each, strict=True)]
+        self.log_metrics({key: media}, step)
 
     def after_save_checkpoint(self, checkpoint_callback: Checkpoint) -> None:
         self._callback = checkpoint_callback
