@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 import time
 from abc import ABC, abstractmethod
@@ -218,7 +219,11 @@ class PyTorchProfiler(Profiler):
             three.
         sort_by_key, row_limit: order and length of the operator table.
         export_to_chrome: write the trace (`*.pt.trace.json`, which TensorBoard and Perfetto open).
+        group_by_input_shapes, table_kwargs: for the table; see `torch.autograd.profiler.profile`.
         profiler_kwargs: for `torch.profiler.profile`, such as `record_shapes=True`, `with_stack=True`.
+
+    Raises:
+        ConfigError: an argument that `torch.profiler.profile` does not have, or two that exclude each other.
     """
 
     STEP_ACTIONS = ("training_step", "validation_step", "test_step", "predict_step")
@@ -231,16 +236,25 @@ class PyTorchProfiler(Profiler):
         sort_by_key: str | None = None,
         row_limit: int = 20,
         export_to_chrome: bool = True,
+        group_by_input_shapes: bool = False,
+        table_kwargs: dict[str, Any] | None = None,
         **profiler_kwargs: Any,
     ) -> None:
+        import torch
+
         super().__init__(dirpath, filename)
+        allowed = inspect.signature(torch.profiler.profile).parameters
+        if unknown := sorted(set(profiler_kwargs) - set(allowed)):
+            raise ConfigError(f"PyTorchProfiler: unknown arguments {unknown}. torch has {', '.join(allowed)}.")
         if "on_trace_ready" in profiler_kwargs and export_to_chrome:
             raise ConfigError("PyTorchProfiler: give on_trace_ready or export_to_chrome=True, not both.")
         self._schedule = schedule
         self._sort_by = sort_by_key
         self._rows = row_limit
         self._export = export_to_chrome
-        self._kwargs = profiler_kwargs
+        self._by_shapes = group_by_input_shapes
+        self._table_kwargs = table_kwargs or {}
+        self._kwargs = profiler_kwargs | ({"record_shapes": True} if group_by_input_shapes else {})
         self._profile: Any = None
         self._ranges: dict[str, Any] = {}
         self._table = ""
@@ -267,7 +281,8 @@ class PyTorchProfiler(Profiler):
 
     def _trace_ready(self, profile: Any) -> None:
         key = self._sort_by or ("cuda_time_total" if _has_cuda() else "cpu_time_total")
-        self._table = profile.key_averages().table(sort_by=key, row_limit=self._rows)
+        averages = profile.key_averages(group_by_input_shape=self._by_shapes)
+        self._table = averages.table(**({"sort_by": key, "row_limit": self._rows} | self._table_kwargs))
         if self._export:
             path = self.path(f".{time.time_ns()}.pt.trace.json")
             path.parent.mkdir(parents=True, exist_ok=True)

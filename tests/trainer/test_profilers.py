@@ -85,15 +85,20 @@ def test_advanced(tmp_path, capsys):
 
 
 def test_pytorch_writes_a_trace_and_a_table(tmp_path, capsys):
-    profiler = fit(tmp_path, PyTorchProfiler(tmp_path, "ops"))
+    shapes = {"group_by_input_shapes": True, "table_kwargs": {"max_name_column_width": 70}}
+    profiler = fit(tmp_path, PyTorchProfiler(tmp_path, "ops", with_stack=False, **shapes))
     [path] = profiler.trace_paths
     names = {event.get("name") for event in json.loads(path.read_text())["traceEvents"]}
     assert "[trainer]training_step" in names
     assert "aten::linear" in names
-    assert "aten::linear" in (tmp_path / "fit-ops.txt").read_text()
+    table = (tmp_path / "fit-ops.txt").read_text()
+    assert "aten::linear" in table
+    assert "Input Shapes" in table
     assert capsys.readouterr().out == ""
     with pytest.raises(ConfigError, match="not both"):
         PyTorchProfiler(on_trace_ready=print)
+    with pytest.raises(ConfigError, match=r"unknown arguments \['emit_nvtx'\]. torch has activities"):
+        PyTorchProfiler(emit_nvtx=True)
 
 
 def test_names():
