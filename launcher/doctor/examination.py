@@ -35,6 +35,7 @@ _ANSWER_S = 60.0
 _CLOCK_ROUNDS = 5
 _REDUCE_S = 90.0
 _STARTS_AT_ONCE = 32
+_TRIES = 10
 ALL_PAIRS_UP_TO = 33  # machines: beyond, each is paired with 32 others, near and far
 _SLOW = 0.33  # of the median: measured again, alone
 
@@ -81,13 +82,14 @@ class Place:
 @dataclass(frozen=True)
 class Ways:
     """How the machines are reached: by `start(number)` each, or all by one process (`start_all(port, token)`), after
-    which they come by themselves. why: the reason why a way has ended with a code.
+    which they come by themselves. why: the reason why a way has ended with a code; passing: whether that may pass.
     """
 
     names: Sequence[str]
     start: Callable[[int], tuple[Channel, subprocess.Popen[bytes]]] | None = None
     start_all: Callable[[int, str], subprocess.Popen[bytes]] | None = None
     why: Callable[[int, int], str] = lambda _, code: f"it ended with code {code}"
+    passing: Callable[[int, int], bool] = lambda _, __: False
 
 
 @dataclass
@@ -253,6 +255,8 @@ class _Ward:
         self._machines = report.machines
         self._token = secrets.token_hex(16)
         self._selector = selectors.DefaultSelector()
+        self._ahead: list[tuple[float, int]] = []  # when each is to be started, the next one last
+        self._tries: dict[int, int] = {}
         self._coming: list[_Hands] = []
         self._here: dict[int, _Hands] = {}
         self._all: subprocess.Popen[bytes] | None = None
@@ -283,26 +287,29 @@ class _Ward:
 
     def gather(self) -> None:
         """Start the way to every machine, some at once, until each has come or will not."""
-        ahead = list(range(len(self._machines)))[::-1]
+        self._ahead = [(0.0, number) for number in reversed(range(len(self._machines)))]
         deadline = time.monotonic() + _JOIN_S
         if self._ways.start_all is not None:
-            ahead = []
+            self._ahead = []
             self._listener = socket.create_server(("", 0), backlog=4096)
             self._listener.setblocking(False)
             self._selector.register(self._listener, selectors.EVENT_READ)
             self._all = self._ways.start_all(self._listener.getsockname()[1], self._token)
         while time.monotonic() < deadline:
-            while ahead and len(self._coming) < _STARTS_AT_ONCE and self._ways.start is not None:
-                number = ahead.pop()
-                link, process = self._ways.start(number)
-                self._await(_Hands(link, process, number))
+            while self._ahead and len(self._coming) < _STARTS_AT_ONCE and self._ahead[-1][0] <= time.monotonic():
+                self._start(self._ahead.pop()[1])
                 deadline = time.monotonic() + _JOIN_S
-            if not self._coming and (self._all is None or self._all_came()):
+            if not self._coming and not self._ahead and (self._all is None or self._all_came()):
                 break
-            self._turn(0.5)
+            self._turn(0.2)
         for number, machine in enumerate(self._machines):
             if number not in self._here and machine.gone is None:
                 machine.gone = f"it has not come within {_JOIN_S:g} s"
+
+    def _start(self, number: int) -> None:
+        assert self._ways.start is not None
+        link, process = self._ways.start(number)
+        self._await(_Hands(link, process, number))
 
     def _all_came(self) -> bool:
         return len(self._here) == len(self._machines) or (self._all is not None and self._all.poll() is not None)
@@ -378,8 +385,13 @@ class _Ward:
         code = None if hands.process is None else _end(hands.process)
         if hands.number is None:
             return
-        self._here.pop(hands.number, None)
+        came = self._here.pop(hands.number, None) is not None
         self._awaited.discard(hands.number)
+        if not came and code is not None and self._ways.passing(hands.number, code):
+            tries = self._tries[hands.number] = self._tries.get(hands.number, 0) + 1
+            if tries < _TRIES:  # a jump host that is too busy drops some logins
+                self._ahead.insert(0, (time.monotonic() + 1.0, hands.number))
+                return
         if why is None:
             why = "its connection was lost" if code is None else self._ways.why(hands.number, code)
         self._machines[hands.number].gone = why

@@ -45,7 +45,9 @@ def by_ssh(hosts: Sequence[str], cwd: str, env: Sequence[str] = ()) -> Iterator[
     # Paths of sockets hold 107 bytes, and 40 of them are ssh's hash.
     with tempfile.TemporaryDirectory(prefix="launch-", dir="/tmp") as folder:
         machines = Machines(spec, Path(folder, "said"), Path(folder), module=_NODE)
-        yield Ways(hosts, lambda number: machines.start(number, dict(os.environ)), why=machines.why)
+        yield Ways(
+            hosts, lambda number: machines.start(number, dict(os.environ)), why=machines.why, passing=machines.passing
+        )
 
 
 @contextlib.contextmanager

@@ -47,12 +47,12 @@ class Machines:
         )
         # A person's configuration: an alias, a jump host, a machine that nobody has the key of.
         (folder / "ssh_config").write_text(
-            f"Host far\n HostName cyd\n ProxyJump ada\nHost stranger\n HostName bob\n User nobody\n"
+            f"Host far far-*\n HostName cyd\n ProxyJump ada\nHost stranger\n HostName bob\n User nobody\n"
             f"Host *\n IdentityFile {folder}/user\n IdentitiesOnly yes\n UserKnownHostsFile {folder}/known_hosts\n"
         )
         (folder / "sshd_config").write_text(
             f"HostKey {folder}/host\nAuthorizedKeysFile {folder}/user.pub\nStrictModes no\nUsePAM no\n"
-            "PermitRootLogin yes\nPasswordAuthentication no\nPidFile none\nListenAddress 0.0.0.0\n"
+            "PermitRootLogin yes\nPasswordAuthentication no\nPidFile none\nMaxStartups 3:60:10\nListenAddress 0.0.0.0\n"
         )
         for name, number in numbers.items():
             self.start(name, number)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 
 import pytest
 from job import LAUNCH, Job
@@ -42,6 +43,27 @@ def test_ill_machines_are_named_and_what_is_well_is_green(machines, tmp_path):
     assert found["all-reduce"]["found"] == "not tried: not all reach each other: ada, cyd"
     assert [p.name for p in tmp_path.iterdir()] == ["requirements.txt"]
     assert not machines.left("launcher")
+
+
+MANY = """
+from pathlib import Path
+from launcher.doctor.examination import Machine, Report, _Ward
+from launcher.doctor.ways import by_ssh
+names = [f"far-{i}" for i in range(40)]
+report = Report({}, [Machine(name) for name in names])
+with by_ssh(names, "/tmp") as ways, _Ward(ways, report) as ward:
+    ward.gather()
+    print(len(ward.present), [m.gone for m in report.machines if m.gone])
+"""
+
+
+@pytest.mark.ssh
+def test_forty_logins_at_once_through_a_jump_host_that_drops_some(machines, tmp_path):
+    (tmp_path / "many.py").write_text(MANY)
+    done = machines.popen(sys.executable, "many.py", cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    assert done.communicate(timeout=150)[0] == "40 []\n"
+    assert "past MaxStartups" in (machines.folder / "sshd-ada.log").read_text()
+    wait_for(lambda: not machines.left("launcher"), 30, "the end of all hands")
 
 
 def test_nodes_of_a_partition_are_examined_by_a_job_and_preemption_is_explained(lab, tmp_path):
