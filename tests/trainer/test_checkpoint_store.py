@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from trainer.checkpoint import Retention, Store, load_checkpoint, load_file, save_file, snapshot
+from trainer.checkpoint import folder as folder_module
 from trainer.checkpoint.catalog import is_unfinished, open_checkpoint
 from trainer.checkpoint.contents import verify
 from trainer.checkpoint.manifest import new_attempt
@@ -209,6 +210,30 @@ def test_retention_removes_nothing_if_what_would_stay_is_not_complete(url):
 
     assert remove_unwanted(Folder.at(url), Retention(last=1)) == []
     assert store.load(f"step-{1:012d}").state["seed"] == 1
+
+
+@pytest.mark.parametrize("form", ["store", "file"])
+def test_what_is_not_read_back_as_it_was_written_replaces_nothing(form, tmp_path, monkeypatch):
+    def content(step: int) -> dict:
+        return {"w": torch.full((1 << 18,), float(step))}  # small, so that this process writes it
+
+    def save(step: int) -> None:
+        if form == "store":
+            Store(tmp_path, retention=Retention(last=1)).save(content(step), step=step)
+        else:
+            save_file(content(step), tmp_path / "one.ckpt")
+
+    def changed(descriptor, block):
+        os.write(descriptor, bytes(block[:-1]) + bytes([block[-1] ^ 1]))
+
+    save(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(folder_module, "_write_all", changed)
+        with pytest.raises(CheckpointWriteError, match=r"not what is read back: .* the checksum of bytes 0 to"):
+            save(2)
+    same(Store(tmp_path).load_newest().state if form == "store" else load_file(tmp_path / "one.ckpt"), content(1))
+    save(3)
+    assert len([path for path in tmp_path.iterdir() if not path.name.startswith(".")]) == 1
 
 
 def test_attempts_that_died_are_collected_after_the_next_save(url):

@@ -16,7 +16,7 @@ from trainer.checkpoint.manifest import BLOCK, File, Piece, Record, Stretch, blo
 from trainer.errors import CheckpointDamagedError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from trainer.checkpoint.catalog import Checkpoint
     from trainer.checkpoint.folder import Folder
@@ -96,7 +96,7 @@ def files_of(folder: Folder, record: Record) -> list[ShardFile]:
 class ShardFile:
     """One file of a shard, read by the shard's blocks [first, last); safe to use from several threads."""
 
-    def __init__(self, folder: Folder, stretch: Stretch, blocks: tuple[str, ...]) -> None:
+    def __init__(self, folder: Folder, stretch: Stretch, blocks: Sequence[str]) -> None:
         self._folder = folder
         self._stretch = stretch
         self._blocks = blocks

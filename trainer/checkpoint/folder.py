@@ -19,7 +19,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.spec import AbstractBufferedFile
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
     from datetime import datetime
 
     from trainer.checkpoint.manifest import Stretch
@@ -143,15 +143,25 @@ class Folder:
         _check_size(path, written)
         return written
 
-    def replace_blocks(self, name: str, blocks: Iterable[memoryview]) -> None:
-        """Write a file that is there whole, or as it was before, and make it and its entry durable."""
+    def replace_blocks(
+        self, name: str, blocks: Iterable[memoryview], check: Callable[[str], object] | None = None
+    ) -> None:
+        """Write a file that is there whole, or as it was before, and make it and its entry durable.
+
+        check: called with the name of what was written before that takes the place of what was there, where there is
+        such a moment (on a local disk), else after it; it may raise.
+        """
         if not self.local:
             self._stream(f"{self.path}/{name}", blocks)
+            if check is not None:
+                check(name)
             return
         part = f".{name}.{os.getpid()}.part"
         self.remove(part)  # of a process that died and had our number
         try:
             size = self.write_blocks(part, blocks)
+            if check is not None:
+                check(part)
             Path(f"{self.path}/{part}").replace(f"{self.path}/{name}")
             if Path(f"{self.path}/{part}").exists():
                 raise OSError(errno.EIO, "The file system did not rename", f"{self.path}/{part}")
@@ -169,13 +179,13 @@ class Folder:
             self.fs.pipe_file(f"{self.path}/{name}", content)
 
     @property
-    def takes_parts(self) -> bool:
-        """Whether `upload` writes several files from one: on s3."""
+    def s3(self) -> bool:
+        """Whether it is S3: several files are written side by side, and the store checks the CRC of each request."""
         return hasattr(self.fs, "_call_s3")
 
     def upload(self, stretches: Sequence[Stretch], descriptor: int) -> None:
         """Write files, elsewhere than on a local disk, from an open file of this process: side by side."""
-        if self.takes_parts:
+        if self.s3:
             from trainer.checkpoint.upload import upload
 
             upload(self.fs, self.path, stretches, descriptor)

@@ -114,7 +114,7 @@ class FileJob:
     def write(self, content: Content) -> None:
         """Write the file, with the checksum of what was in memory at its end."""
         self.folder.make()
-        write_file(self.folder, self.name, content)
+        write_file(self.folder, self.name, self.bytes, content)
 
     def finish(self) -> None:
         """List it, then clean up. What cannot be cleaned up does not make the save fail."""

@@ -75,7 +75,8 @@ def remove_unwanted(
 ) -> list[str]:
     """Remove what the policy does not keep; returns the names. Nothing goes unless one that stays is good.
 
-    is_good: by default, whether all files are there: enough for whoever has just written the newest of them.
+    is_good: by default, whether all files are there: enough for whoever has just written the newest of them and read
+    it back.
     """
     checkpoints = catalog.checkpoints_in(store)
     unwanted = {m.attempt for m in retention.removable([c.manifest for c in checkpoints])}

@@ -138,7 +138,7 @@ class Store:
         self.wait()
         name = name if name is not None else f"step-{step:012d}"
         _check_name(name)
-        files = _FILES if self.folder.takes_parts else 1
+        files = _FILES if self.folder.s3 else 1
         attempt, peers, prepared = self._agree(
             lambda: _prepare(state, rank_state or {}, extra or {}, self.world, files)
         )

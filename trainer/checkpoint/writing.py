@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import chain, islice
 from typing import TYPE_CHECKING
 
+from trainer.checkpoint.contents import RUN, ShardFile
 from trainer.checkpoint.manifest import (
     BLOCK,
     FIRST_LINE,
@@ -42,7 +43,10 @@ class Content:
 
 
 def write_part(folder: Folder, record: Record, content: Content) -> None:
-    """Write one rank's shard and then its record, both durable on return.
+    """Write one rank's shard, read it back, and then write its record: all durable on return.
+
+    So a checkpoint that is committed was whole when it was, and older ones may go. S3 itself compares a checksum with
+    what it got; there nothing is read back.
 
     If that fails, a note is left for rank 0, which waits for this record.
 
@@ -61,6 +65,8 @@ def write_part(folder: Folder, record: Record, content: Content) -> None:
                 _exhaust(hashed)
         if record.stretches and content.descriptor is not None and not folder.local:
             folder.upload(record.stretches, content.descriptor)
+        for stretch in record.stretches:
+            _read_back(folder, stretch, checksums)
         folder.write_whole(record_name(record.rank), replace(record, blocks=tuple(checksums)).dump())
     except Exception as error:
         try:
@@ -70,17 +76,23 @@ def write_part(folder: Folder, record: Record, content: Content) -> None:
         raise
 
 
-def write_file(folder: Folder, name: str, content: Content) -> None:
-    """Write one file, sealed with the checksum of its content. It is there whole, or as it was before."""
+def write_file(folder: Folder, name: str, size: int, content: Content) -> None:
+    """Write one file, sealed with the checksum of its content, and read it back. It is whole, or as it was before.
+
+    size: bytes of the content.
+    """
     checksums: list[str] = []
     hashed = _hashed(content.blocks, checksums)
     if content.descriptor is None or folder.local:
         seal = (memoryview(seal_of(checksums)) for _ in range(1))  # made when the blocks have been hashed
-        folder.replace_blocks(name, chain(hashed, seal))
+        folder.replace_blocks(
+            name, chain(hashed, seal), lambda part: _read_back(folder, Stretch(part, 0, size), checksums)
+        )
         return
-    size = sum(len(block) for block in hashed)
+    _exhaust(hashed)
     os.pwrite(content.descriptor, seal_of(checksums), size)
     folder.upload([Stretch(name, 0, size + SEAL_BYTES)], content.descriptor)
+    _read_back(folder, Stretch(name, 0, size), checksums)
 
 
 def commit(folder: Folder, manifest: Manifest, timeout_s: float, peers: Mapping[int, Peer]) -> Manifest:
@@ -192,6 +204,19 @@ def _of_stretch(blocks: Iterator[memoryview], size: int) -> Iterator[memoryview]
     for block in islice(blocks, -(-size // BLOCK)):
         yield block[:size]
         size -= len(block)
+
+
+def _read_back(folder: Folder, stretch: Stretch, checksums: list[str]) -> None:
+    if folder.s3:
+        return
+    file = ShardFile(folder, stretch, checksums)
+    try:
+        for first in range(file.first, file.last, RUN):
+            file.read(first, first + RUN, ())
+    except CheckpointDamagedError as error:
+        raise CheckpointWriteError(f"What was written is not what is read back: {error}") from error
+    finally:
+        file.close()
 
 
 def _exhaust(blocks: Iterable[memoryview]) -> None:
