@@ -211,6 +211,8 @@ def _stream(ward: _Ward, report: Report, pairs: dict[int, int], where: dict[int,
 def _reduce(ward: _Ward, report: Report, place: Place) -> None:
     """A sum over all machines, with the collective library that their ranks will use."""
     present = ward.present
+    if not present:
+        return  # all were lost meanwhile
     machines = [report.machines[n] for n in present]
     found = [m.facts or {} for m in machines]
     if absent := [m.name for m, f in zip(machines, found, strict=True) if f.get("packages", {}).get("torch") is None]:

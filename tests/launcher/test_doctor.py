@@ -94,6 +94,18 @@ def test_each_fault_is_told_with_its_machine_and_what_to_do(check, harm, told):
     assert told in found.found
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_machines_that_are_lost_on_the_way_are_told_as_such(known):
+    report = healthy("ada", "bob")
+    report.rates, report.reduced = {}, None
+    for machine in report.machines:
+        machine.gone = "its connection was lost"
+        machine.facts = machine.facts if known else None
+    found = finding(report, "machines")
+    assert (found.status, found.found.count("its connection was lost")) == ("bad", 2)
+    assert finding(report, "all-reduce").status == "none"
+
+
 def test_a_clock_that_may_be_right_is_not_called_wrong():
     report = healthy("ada", "bob")
     report.machines[1].clock_s = (0.3, 0.25)  # half a second there and back
