@@ -153,7 +153,9 @@ class Sufferer:
         self.decision("SIGSTOP of an agent", began, "no longer answers")
 
     def host_killed(self, host: str) -> None:
-        began = self._signal(self._all(host), signal.SIGKILL)
+        everything = self._all(host)
+        self._signal(everything, signal.SIGSTOP)  # else the agent has the time to tell of a rank that was killed
+        began = self._signal(everything, signal.SIGKILL)
         self.machines.serve(host)
         self.decision("SIGKILL of all on a host", began, f"node {self.HOSTS.index(host)}")
 
