@@ -9,8 +9,9 @@ durable  seconds until it is on disk: `Store.save` in the background and at once
          the floor: a raw write of the same bytes + fsync.
 load     seconds to have it back: ours, every byte verified; `dcp.load` and torch.load, nothing verified. The page
          cache is warm for all.
-inflation  a loop of small matrix products while nothing is written, and while a save is: the 50th and 99th percentile
-         of a step, in percent of the quiet median. Needs a free core to say anything about ours.
+inflation  a loop of small matrix products, on one thread, while nothing is written and while a save is: what the
+         median and the 99th percentile of a step grow by. It says something about ours only where a core is free for
+         the writer; how many were, beside the loop and before the saves, is told with it.
 memory   what this process and the writer's hold more at the height of a save than before the first (proportional set
          size, so that shared pages count once), as a share of the state.
 
@@ -65,10 +66,18 @@ def torch_save(path: Path, state: dict) -> None:
 
 def steps(seconds: float) -> list[float]:
     matrix, times = torch.randn(256, 256), []
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     end = time.perf_counter() + seconds
     while time.perf_counter() < end:
         times.append(timed(lambda: [matrix @ matrix for _ in range(8)]))
+    torch.set_num_threads(threads)
     return times
+
+
+def idle_seconds() -> float:
+    """Of all cores together, since the machine has started."""
+    return psutil.cpu_times().idle
 
 
 def held() -> int:
@@ -87,9 +96,17 @@ def extra_memory(store: Store, tensors: dict[str, torch.Tensor]) -> int:
     return most - before
 
 
-def percentiles(times: list[float], quiet: float) -> tuple[float, float]:
-    ordered = sorted(times)
-    return tuple(100 * (ordered[int(len(ordered) * q)] / quiet - 1) for q in (0.5, 0.99))
+def inflation(calm: list[float], busy: list[float], free_cores: float) -> dict:
+    report: dict = {"steps while quiet, while a save is written": [len(calm), len(busy)]}
+    for name, q in (("median", 0.5), ("p99", 0.99)):
+        quiet, written = (sorted(times)[int(len(times) * q)] for times in (calm, busy))
+        report[f"{name}: ms while quiet, while a save is written, more in %"] = [
+            round(1000 * quiet, 3), round(1000 * written, 3), round(100 * (written / quiet - 1), 1)
+        ]  # fmt: skip
+    report["cores free beside the loop"] = round(free_cores, 2)
+    if free_cores < 0.9:
+        report["note"] = "no core was free: the steps had to share theirs with the writer, whatever it is"
+    return report
 
 
 def ratios(times: dict[str, list[float]], one: str, other: str) -> list[float]:
@@ -122,7 +139,7 @@ def measure(folder: Path, mib: int, rounds: int) -> dict:
     stager = DefaultStager(StagingOptions(False, False, False, False))
     background = Background(Alone())
     store = Store(str(folder / "ours"), background=background)
-    calm, busy = [], []
+    calm, busy, free = [], [], []
     extra = extra_memory(store, tensors)
     for turn in range(rounds + 1):  # the first warms every candidate up, and does not count
         for which in (stall, durable, load):
@@ -171,13 +188,14 @@ def measure(folder: Path, mib: int, rounds: int) -> dict:
         load.setdefault("torch.load", []).append(timed(lambda: torch.load(folder / "one", weights_only=True)))
         (folder / "one").unlink()
 
+        idle, began = idle_seconds(), time.perf_counter()
         calm += steps(0.5)
+        free.append((idle_seconds() - idle) / (time.perf_counter() - began))
         saved = store.save(tensors, step=turn, wait=False)
         while store.poll() is None:
             busy += steps(0.02)
         store.wait()
         store.remove(saved.name)
-    quiet = statistics.median(calm)
     background.close()
     stager.close()
     best = {kind: {k: round(min(v), 4) for k, v in found.items()} for kind, found in
@@ -195,10 +213,7 @@ def measure(folder: Path, mib: int, rounds: int) -> dict:
             "load: ours, verified / dcp.load": ratios(load, "ours, verified", "dcp.load"),
             "load: ours, one file, verified / torch.load": ratios(load, "ours, one file, verified", "torch.load"),
         },
-        "inflation of a step in % (median, p99)": {
-            "quiet": [round(x, 1) for x in percentiles(calm, quiet)],
-            "while a save is written": [round(x, 1) for x in percentiles(busy, quiet)],
-        },
+        "inflation of a step": inflation(calm, busy, statistics.median(free)),
         "extra memory of a save / state": round(extra / (mib * 2**20), 3),
     }
 
