@@ -14,13 +14,12 @@ import signal
 import socket
 import subprocess
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from launcher import record
 from launcher.addresses import Addresses
-from launcher.channel import Channel, Message, keep_alive
-from launcher.clocks import Offset
+from launcher.crew import Crew
 from launcher.errors import ClusterError, LaunchError, MeetingError, UsageError
 from launcher.failure import RankExit, signal_name
 from launcher.fleet import Remains, Roll
@@ -29,15 +28,16 @@ from launcher.logs import Relay
 from launcher.pace import Paces
 from launcher.processes import allow_files, end_descendants, kill_tree, start_ticks
 from launcher.progress import Progress
-from launcher.pulse import BEAT_S, Pulse
 from launcher.scheduling import StopWatch
 from launcher.stacks import SIGNAL, Census
-from launcher.starting import spawn_agent, stop_signals
+from launcher.starting import stop_signals
 from launcher.vitals import Audience
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from launcher.channel import Message
+    from launcher.crew import Agent
     from launcher.fleet import Fleet
     from launcher.runs import RunFolder
     from launcher.scheduling import Scheduler, Word
@@ -50,22 +50,6 @@ _PATIENCE_S = 10.0
 _FENCED_WITHIN_S = 5.0  # what a stopped agent left on a host that can be reached
 _FILES_EACH, _FILES_OWN = 3, 100  # the connection of a node, the process that leads to it, a new way beside an old one
 _SHOWN_EVERY_S = 30.0  # a write to a shared file system
-
-
-@dataclass
-class _Agent:
-    link: Channel
-    node: int | None = None  # the one that it was started for
-    index: int | None = None
-    host: str = ""
-    process: subprocess.Popen[bytes] | None = None
-    joined: bool = False
-    given_up: bool = False
-    pid: int = 0
-    started: int = 0  # when, in clock ticks since its host's boot
-    why: str | None = None  # it leaves, as it said itself
-    clock: Offset = field(default_factory=Offset)
-    hopeless: int | None = None  # exit code if starting it again cannot help
 
 
 class Supervisor:
@@ -119,8 +103,6 @@ class Supervisor:
         self._audience = Audience(run.path)
         self._roll = None if fleet is None else Roll(fleet)
         self._remains = None if fleet is None else Remains(fleet)
-        self._pulse = Pulse(time.monotonic())
-        self._beat_at = 0.0
         self._relay = Relay(on_drained=self._rouse)
         self._wake_read = self._wake = -1
         self._quiet_by: float | None = None  # when (monotonic) every node must have brought its ranks down
@@ -134,8 +116,7 @@ class Supervisor:
         self._join_timeout_s = join_timeout_s
         self._where = where
         self._selector = selectors.DefaultSelector()
-        self._agents: list[_Agent] = []
-        self._agent_of: dict[int, _Agent] = {}  # by node
+        self._crew = Crew(self._selector, cwd=spec.cwd, own_session=own_session, fleet=fleet)
         self._spawned: set[int] = set()  # nodes whose agents are ours to start again
         self._signals: list[int] = []
         self._meet_by = time.monotonic() + join_timeout_s
@@ -143,7 +124,6 @@ class Supervisor:
         self._progress: Progress | None = None  # of this attempt's ranks that have ended
         self._live: Progress | None = None  # of its rank 0, a moment ago
         self._ran = False  # some attempt has begun, so agents have consoles to write out
-        self._child_environment = {k: v for k, v in os.environ.items() if not k.startswith("PET_")}
 
     # -------------------------------------------------------------------------------------------- the loop
 
@@ -179,7 +159,7 @@ class Supervisor:
                 self._roll.call(node for node in self._local if node is not None)
             else:
                 for node_rank in self._local:
-                    self._spawn(node_rank)
+                    self._crew.spawn(node_rank)
             self._start_step()
             while self.gang.phase is not Phase.ENDED:
                 self._turn()
@@ -228,7 +208,8 @@ class Supervisor:
                     while os.read(self._wake_read, 4096):
                         pass
             elif key.data == "listener":
-                self._accept()
+                assert self._listener is not None
+                self._crew.accept(self._listener)
             else:
                 self._hear(key.data)
         while self._signals:
@@ -278,7 +259,7 @@ class Supervisor:
 
     def _until_next(self) -> float:
         """Seconds until something is due that no event announces."""
-        due = [self._pulse.wait_s(time.monotonic())]
+        due = [self._crew.pulse.wait_s(time.monotonic())]
         if self._call_by is not None:
             due.append(self._call_by - time.monotonic())
         elif self.gang.phase is Phase.MEETING:
@@ -321,7 +302,7 @@ class Supervisor:
 
     def _start_step(self) -> None:
         if self._scheduler is not None and self._listener is not None:
-            environment = self._child_environment | {"LAUNCH_TOKEN": self._token}
+            environment = self._crew.environment | {"LAUNCH_TOKEN": self._token}
             self._step = self._scheduler.start_agents(self._listener.getsockname()[1], environment)
 
     def _heed(self, word: Word | None) -> None:
@@ -351,14 +332,13 @@ class Supervisor:
             self._shown = time.monotonic()
             self.run.set_state(progress=progress.to_json())
 
-    def _ask_for_clock(self, agent: _Agent) -> None:
+    def _ask_for_clock(self, agent: Agent) -> None:
         """How far its clock is from ours now; ours is that of all agents that were started on this machine."""
         now = time.monotonic_ns()
         if (agent.process is None or self._roll is not None) and agent.clock.wants(now):
-            with contextlib.suppress(ConnectionError):  # its end is on the way, as the end of the connection
-                agent.link.send({"clock": now})
+            self._crew.tell(agent, {"clock": now})
 
-    def _compare(self, agent: _Agent, pace: dict[str, Any], attempt: int) -> None:
+    def _compare(self, agent: Agent, pace: dict[str, Any], attempt: int) -> None:
         """A node tells how fast its ranks are: name those that hold up the others."""
         if self.gang.phase is not Phase.RUNNING or attempt != self.gang.attempt or agent.index is None:
             return
@@ -374,7 +354,7 @@ class Supervisor:
             self._show_vitals()
         nodes, most = self._audience.ask(time.monotonic(), self.gang.busy)
         for node in nodes:
-            self._send(node, {"vitals": {"most": most}})
+            self._crew.send(node, {"vitals": {"most": most}})
         if not nodes and self._audience.due is not None:
             self._show_vitals()
 
@@ -398,7 +378,7 @@ class Supervisor:
             name = f"attempt-{self.gang.attempt}-{time.strftime('%H%M%S')}"
             self._census = Census(name, set(self.gang.busy))
             for node in self._census.awaited:
-                self._send(node, {"stacks": name})
+                self._crew.send(node, {"stacks": name})
         self._census.hang = self._census.hang or hang
 
     def _end_census(self, census: Census) -> None:
@@ -412,63 +392,35 @@ class Supervisor:
 
     # -------------------------------------------------------------------------------------------- agents
 
-    def _spawn(self, node_rank: int | None) -> None:
-        environment = dict(self._child_environment)
-        if node_rank is not None:
-            environment["LAUNCH_NODE_RANK"] = str(node_rank)
-        if self._roll is not None and node_rank is not None:
-            link, process = self._roll.fleet.start(node_rank, environment)
-        else:
-            link, process = spawn_agent(environment, cwd=self.run.spec.cwd, own_session=self._own_session)
-        agent = _Agent(link, node_rank, process=process)
-        self._agents.append(agent)
-        self._selector.register(link, selectors.EVENT_READ, agent)
-
     def _call_the(self, roll: Roll) -> None:
         if self.gang.phase is Phase.MEETING or self.run.spec.elastic:
             for node in roll.due():
-                self._spawn(node)
+                self._crew.spawn(node)
         if self.gang.phase is Phase.MEETING and not self.gang.calling:
             roll.check(self.gang.missing)
 
     def _feel_pulse(self) -> None:
         """Say to everybody that we are here, and look who no longer says so."""
-        now = time.monotonic()
-        if now >= self._beat_at:
-            self._beat_at = now + BEAT_S
-            for agent in self._agents:
-                if agent.joined:
-                    with contextlib.suppress(ConnectionError):
-                        agent.link.send({"here": True})
-        late, silent = self._pulse.look(now)
+        self._crew.beat()
+        late, silent = self._crew.pulse.look(time.monotonic())
         for node, seconds in late.items():
             self.run.event("late", node=node, host=self._host_of[node], seconds=round(seconds, 2))
         for node, seconds in silent.items():
-            self._give_up(self._agent_of[node], f"no longer answers, nothing was heard for {seconds:.1f} s")
+            agent = self._crew[node]
+            who = f"{agent.host} " if agent.process is None else ""
+            self._give_up(agent, f"{who}no longer answers, nothing was heard for {seconds:.1f} s")
 
-    def _accept(self) -> None:
-        assert self._listener is not None
-        with contextlib.suppress(OSError):
-            sock, _ = self._listener.accept()
-            keep_alive(sock)
-            agent = _Agent(Channel(sock))
-            self._agents.append(agent)
-            self._selector.register(agent.link, selectors.EVENT_READ, agent)
-
-    def _hear(self, agent: _Agent) -> None:
+    def _hear(self, agent: Agent) -> None:
         try:
-            messages = agent.link.receive()
-            if messages and agent.index is not None:
-                self._pulse.heard(agent.index, time.monotonic(), sign=any("beat" in m for m in messages))
-            for message in messages:
+            for message in self._crew.receive(agent):
                 self._heard(agent, message)
         except (KeyError, TypeError, ValueError) as error:
             self._say(f"a peer sent something that is no message of ours ({error!r}); disconnected")
             agent.link.closed = True
-        if agent.link.closed and agent in self._agents:
+        if agent.link.closed and agent in self._crew:
             self._lost(agent)
 
-    def _heard(self, agent: _Agent, message: Message) -> None:
+    def _heard(self, agent: Agent, message: Message) -> None:
         if "hello" in message:
             self._greet(agent, message["hello"])
         elif "leaving" in message:
@@ -516,7 +468,7 @@ class Supervisor:
             # Once: whoever signals every process of a node or of a job means one stop.
             self._stop(f"{signal_name(message['signalled'])} to the agent of node {agent.index}")
 
-    def _greet(self, agent: _Agent, hello: dict[str, Any]) -> None:
+    def _greet(self, agent: Agent, hello: dict[str, Any]) -> None:
         if agent.process is None and not hmac.compare_digest(str(hello["token"]), self._token):
             self._refuse(agent, "the run's token differs: this node was started for another run (compare --rdzv-id)")
             return
@@ -533,9 +485,8 @@ class Supervisor:
         if index in self.gang.here or (agent.process is None and index in self._local):
             self._refuse(agent, f"node rank {index} is taken by another node; give each its own --node-rank")
             return
-        agent.index, agent.joined, agent.host = index, True, str(hello["host"])
-        agent.pid, agent.started = int(hello["pid"]), int(hello["started"])
-        self._agent_of[index] = agent
+        host, pid, started = str(hello["host"]), int(hello["pid"]), int(hello["started"])
+        self._crew.admit(agent, index, host=host, pid=pid, started=started)
         self._host_of[index] = agent.host
         if agent.process is not None:
             self._spawned.add(index)
@@ -572,7 +523,7 @@ class Supervisor:
         # On other machines the way here may be what is gone: that is no reason to lose what was trained.
         return self.run.spec.grace if self._roll is not None else 1.0
 
-    def _locate(self, agent: _Agent, index: int, told: str | None) -> None:
+    def _locate(self, agent: Agent, index: int, told: str | None) -> None:
         """Learn where the others reach a node."""
         if self._roll is not None:
             self._addresses.by_ssh(index, told)
@@ -583,39 +534,28 @@ class Supervisor:
         for node, address in self._addresses.of_all_here().items():
             self.gang.nodes[node].address = address  # it may have come before anybody had reached this host
 
-    def _refuse(self, agent: _Agent, why: str) -> None:
-        with contextlib.suppress(ConnectionError):
-            agent.link.send({"refused": why})
+    def _refuse(self, agent: Agent, why: str) -> None:
+        self._crew.tell(agent, {"refused": why})
         self._say(f"refused a node: {why}")
-        self._drop(agent)
+        self._crew.drop(agent)
 
     def _give_up_the_silent(self) -> None:
-        for agent in list(self._agents):
+        for agent in self._crew:
             if agent.index in self.gang.busy:
                 self._give_up(agent, f"it has not brought its ranks down {_PATIENCE_S:g} s after it should have")
 
-    def _give_up(self, agent: _Agent, why: str) -> None:
+    def _give_up(self, agent: Agent, why: str) -> None:
         """Its node counts as lost from here on, and nothing that it still has may go on."""
         agent.why, agent.given_up = why, True
-        with contextlib.suppress(ConnectionError):
-            agent.link.send({"given up": f"the supervisor has given this node up: {why}"})
+        self._crew.tell(agent, {"given up": f"the supervisor has given this node up: {why}"})
         if agent.process is not None and self._roll is None:
             kill_tree(agent.process.pid)
         if self._step is not None:
             self.unreachable.add(agent.host)
         self._lost(agent)
 
-    def _drop(self, agent: _Agent) -> None:
-        with contextlib.suppress(KeyError, ValueError):
-            self._selector.unregister(agent.link)
-        agent.link.close()
-        self._agents.remove(agent)
-        if agent.index is not None and self._agent_of.get(agent.index) is agent:
-            del self._agent_of[agent.index]
-            self._pulse.forget(agent.index)
-
-    def _lost(self, agent: _Agent) -> None:
-        self._drop(agent)
+    def _lost(self, agent: Agent) -> None:
+        self._crew.drop(agent)
         how = "its connection was lost"
         if self._remains is not None and agent.index is not None:
             given_up = agent.process if agent.given_up else None
@@ -652,7 +592,7 @@ class Supervisor:
     def _do(self, actions: list[Action]) -> None:
         for action in actions:
             if action.kind == "send":
-                self._send(action.node, action.message)
+                self._crew.send(action.node, action.message)
                 if self.gang.phase is Phase.STOPPING:
                     grace_s = action.message.get("stop", {}).get("grace_s", 0.0)
                     self._quiet_by = time.monotonic() + grace_s + _PATIENCE_S
@@ -670,14 +610,14 @@ class Supervisor:
                     self._end_step()
                     self._start_step()
                 elif action.node in self._spawned:
-                    self._spawn(action.node)
+                    self._crew.spawn(action.node)
             elif action.kind == "end":
                 assert action.outcome is not None
                 self._dismiss(action.outcome.code)
 
     def _dismiss(self, code: int) -> None:
         """Tell every agent to leave."""
-        for agent in list(self._agents):
+        for agent in self._crew:
             with contextlib.suppress(ConnectionError):
                 # srun kills the others when one leaves with another code, and with them what they still have to say.
                 agent.link.send({"end": {"code": code if self._step is None else 0}})
@@ -686,24 +626,19 @@ class Supervisor:
         """Have all agents of the step leave; its process is gone when this returns."""
         assert self._step is not None
         self._dismiss(0)
-        for agent in list(self._agents):
-            self._drop(agent)
+        for agent in self._crew:
+            self._crew.drop(agent)
         try:
             self._step.wait(timeout_s)
         except subprocess.TimeoutExpired:
             self._step.kill()  # one of its nodes no longer answers
             self._step.wait()
 
-    def _send(self, node: int, message: Message) -> None:
-        if (agent := self._agent_of.get(node)) is not None:
-            with contextlib.suppress(ConnectionError):  # its end is on the way, as the end of the connection
-                agent.link.send(message)
-
     def _started(self, world_size: int) -> None:
         gang = self.gang
         self._ran = True
         self._progress = self._live = None
-        for agent in self._agents:
+        for agent in self._crew:
             if agent.joined:
                 self._ask_for_clock(agent)
         record.attempt_begins(
@@ -743,9 +678,9 @@ class Supervisor:
         srun waits for a node that no longer answers, and for its sake nobody else needs to.
         """
         deadline = time.monotonic() + (2.0 if self.unreachable else 10.0)
-        while self._roll is not None and self._agents and time.monotonic() < deadline:
+        while self._roll is not None and self._crew and time.monotonic() < deadline:
             self._turn()  # their consoles come by the same way
-        for agent in self._agents:
+        for agent in self._crew:
             if agent.process is not None:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     agent.process.wait(max(0.01, deadline - time.monotonic()))
@@ -760,8 +695,8 @@ class Supervisor:
         """Nothing that was started here is left, however this ends."""
         if self._step is not None:
             self._end_step(4 if self._ran and not self.unreachable else 0.1)
-        for agent in list(self._agents):
-            self._drop(agent)  # an agent without its supervisor stops its ranks and leaves
+        for agent in self._crew:
+            self._crew.drop(agent)  # an agent without its supervisor stops its ranks and leaves
             if agent.process is not None:
                 try:
                     agent.process.wait(4 if self._ran else 0.1)

@@ -1,0 +1,130 @@
+"""The agents of one job: the ways to them, which of them is which node, and signs of life. Nothing is decided here."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import selectors
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from launcher.channel import Channel, keep_alive
+from launcher.clocks import Offset
+from launcher.pulse import BEAT_S, Pulse
+from launcher.starting import spawn_agent
+
+if TYPE_CHECKING:
+    import socket
+    import subprocess
+    from collections.abc import Iterator
+
+    from launcher.channel import Message
+    from launcher.fleet import Fleet
+
+__all__ = ["Agent", "Crew"]
+
+
+@dataclass(eq=False)
+class Agent:
+    """One connection. It is an agent of ours once it has joined."""
+
+    link: Channel
+    node: int | None = None  # the one that it was started for
+    index: int | None = None
+    host: str = ""
+    process: subprocess.Popen[bytes] | None = None
+    joined: bool = False
+    given_up: bool = False
+    pid: int = 0
+    started: int = 0  # when, in clock ticks since its host's boot
+    why: str | None = None  # it leaves, as it said itself
+    clock: Offset = field(default_factory=Offset)
+    hopeless: int | None = None  # exit code if starting it again cannot help
+
+
+class Crew:
+    """cwd, own_session: of agents on this machine; fleet: starts them on others. `selector` is told of every link."""
+
+    def __init__(
+        self, selector: selectors.BaseSelector, *, cwd: str, own_session: bool, fleet: Fleet | None = None
+    ) -> None:
+        self.environment = {k: v for k, v in os.environ.items() if not k.startswith("PET_")}
+        self.pulse = Pulse(time.monotonic())
+        self._selector = selector
+        self._cwd = cwd
+        self._own_session = own_session
+        self._fleet = fleet
+        self._agents: list[Agent] = []
+        self._of: dict[int, Agent] = {}  # by node
+        self._beat_at = 0.0
+
+    def __iter__(self) -> Iterator[Agent]:
+        return iter(tuple(self._agents))
+
+    def __len__(self) -> int:
+        return len(self._agents)
+
+    def __getitem__(self, node: int) -> Agent:
+        return self._of[node]
+
+    def spawn(self, node: int | None) -> None:
+        """Start an agent, for a node or for whichever place is free."""
+        environment = dict(self.environment)
+        if node is not None:
+            environment["LAUNCH_NODE_RANK"] = str(node)
+        if self._fleet is not None and node is not None:
+            link, process = self._fleet.start(node, environment)
+        else:
+            link, process = spawn_agent(environment, cwd=self._cwd, own_session=self._own_session)
+        self._take(Agent(link, node, process=process))
+
+    def accept(self, listener: socket.socket) -> None:
+        """Take an agent that somebody else has started."""
+        with contextlib.suppress(OSError):
+            sock, _ = listener.accept()
+            keep_alive(sock)
+            self._take(Agent(Channel(sock)))
+
+    def _take(self, agent: Agent) -> None:
+        self._agents.append(agent)
+        self._selector.register(agent.link, selectors.EVENT_READ, agent)
+
+    def admit(self, agent: Agent, index: int, *, host: str, pid: int, started: int) -> None:
+        """It is the agent of this node from here on."""
+        agent.index, agent.joined, agent.host, agent.pid, agent.started = index, True, host, pid, started
+        self._of[index] = agent
+
+    def receive(self, agent: Agent) -> list[Message]:
+        """What it has said; all of it is a sign of life."""
+        messages = agent.link.receive()
+        if messages and agent.index is not None:
+            self.pulse.heard(agent.index, time.monotonic(), sign=any("beat" in m for m in messages))
+        return messages
+
+    def tell(self, agent: Agent, message: Message) -> None:
+        with contextlib.suppress(ConnectionError):  # its end is on the way, as the end of the connection
+            agent.link.send(message)
+
+    def send(self, node: int, message: Message) -> None:
+        if (agent := self._of.get(node)) is not None:
+            self.tell(agent, message)
+
+    def beat(self) -> None:
+        """Say to all, if it is time to, that we are here."""
+        now = time.monotonic()
+        if now >= self._beat_at:
+            self._beat_at = now + BEAT_S
+            for agent in self._agents:
+                if agent.joined:
+                    self.tell(agent, {"here": True})
+
+    def drop(self, agent: Agent) -> None:
+        """End the connection; its process, if it is ours, is the caller's to end."""
+        with contextlib.suppress(KeyError, ValueError):
+            self._selector.unregister(agent.link)
+        agent.link.close()
+        self._agents.remove(agent)
+        if agent.index is not None and self._of.get(agent.index) is agent:
+            del self._of[agent.index]
+            self.pulse.forget(agent.index)
