@@ -27,7 +27,7 @@ class Data(Dataset):
     def __init__(self) -> None:
         self.x = torch.randn(40, 4, generator=torch.Generator().manual_seed(1))
         self.drawn = 0
-        self.hidden = (n for n in itertools.count(1))  # nothing that comes again: no place in it is as good as another
+        self.hidden = itertools.cycle(range(1, 1000))  # longer than the training: no place in it is like another
         self.generator = torch.Generator().manual_seed(3)
 
     def __len__(self) -> int:
