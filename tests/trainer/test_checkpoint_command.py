@@ -54,6 +54,8 @@ def test_ls_show_and_verify(url, capsys):
     for command in ("ls", "gc"):
         assert main([command, f"{url}/nowhere"]) == 2
         assert "nothing at" in capsys.readouterr().err
+        assert main([command, "s3x://bucket"]) == 2
+        assert "s3x://bucket is neither a path nor a URL that fsspec can open" in capsys.readouterr().err
 
 
 def test_diff_names_what_differs(url, capsys):

@@ -18,6 +18,8 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.spec import AbstractBufferedFile
 
+from trainer.errors import CheckpointError
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
     from datetime import datetime
@@ -37,8 +39,17 @@ class Folder:
 
     @classmethod
     def at(cls, url: str | os.PathLike[str]) -> Folder:
-        """The folder at a path or fsspec URL; it need not exist."""
-        fs, path = fsspec.core.url_to_fs(os.fspath(url))
+        """The folder at a path or fsspec URL; it need not exist.
+
+        Raises:
+            CheckpointError: fsspec does not know the protocol, or the package that serves it is not installed.
+        """
+        try:
+            fs, path = fsspec.core.url_to_fs(os.fspath(url))
+        except (ValueError, ImportError) as error:
+            raise CheckpointError(
+                f"{os.fspath(url)} is neither a path nor a URL that fsspec can open: {error}"
+            ) from error
         return cls(fs, path.rstrip("/") or "/")
 
     @classmethod
