@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -36,6 +37,7 @@ _RENEW_S = 10.0
 _CALL_S = 20.0  # a supervisor that has not written anything for so long is called again: it may be another one
 _LOOK_S = 0.25
 _ANSWER_S = 30.0
+_ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-Z\\-_])")
 _STYLES = {"!": "red", "*": "yellow"}  # by the marks of failed and of slow ranks
 
 COMMAND = click.Command(
@@ -220,6 +222,12 @@ def _gpu(row: dict[str, Any]) -> str:
     return f"{use} {_bytes(gpu['used'])}/{_bytes(gpu['total'])}"
 
 
+def _line(row: dict[str, Any]) -> str:
+    """What stands there after a bar was drawn over it, without colours and the like."""
+    plain = _ESCAPES.sub("", str(row.get("line", ""))).rstrip("\r").rpartition("\r")[2]
+    return "".join(c if c.isprintable() else " " for c in plain)
+
+
 def _number(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
@@ -251,5 +259,5 @@ _COLUMNS: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
     ("AGE", _age),
     ("MEMORY", lambda row: _bytes(row["rss"])),
     ("GPU", _gpu),
-    ("LAST LINE", lambda row: str(row.get("line", ""))),
+    ("LAST LINE", _line),
 )

@@ -116,6 +116,8 @@ def test_a_screen_fits() -> None:
     assert failed.split()[:4] == ["!", "0", "a", "exit"]
     assert slow.split()[:9] == ["*", "7", "a", "train", "90", "1.23", "3.2s", "1.0M", "-"]
     assert "97% 3.0G/80G" in other
+    drawn = screen("r", answer | {"rows": [row(0, step=1, line="\x1b[32m 10%\r\x1b[1m 20%\tdone\x1b[0m\r")]}, 80, 24)
+    assert drawn[-2].endswith("1.0M   20% done")
     assert text[-1] == f"  and {5000 - 18} more, none of them behind these"
 
 
