@@ -61,7 +61,6 @@ class Report:
     here: dict[str, Any]
     machines: list[Machine]
     rates: dict[tuple[int, int], float] = field(default_factory=dict)
-    rounds: int = 0
     reduced: dict[str, Any] | None = None
 
 
@@ -186,7 +185,6 @@ def _connect(ward: _Ward, report: Report) -> None:
     for distance in pairings(len(ready)):
         pairs = {ready[i]: ready[(i + distance) % len(ready)] for i in range(len(ready))}
         _stream(ward, report, pairs, where)
-        report.rounds += 1
     if report.rates:
         usual = statistics.median(report.rates.values())
         # Whatever else went on at that moment is not there twice.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import platform
 import re
 import resource
@@ -25,9 +24,10 @@ __all__ = ["OWN", "gather", "read_nvidia_smi", "required"]
 OWN = ("muster", "torch", "numpy")
 _NAME = re.compile(r"\s*([A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?)(?!\S*://)")
 _GPU_FIELDS = (
-    "index", "name", "uuid", "driver_version", "memory.total", "memory.used", "temperature.gpu",
-    "ecc.errors.uncorrected.volatile.total", "clocks_throttle_reasons.active",
+    "index", "name", "driver_version", "memory.total", "memory.used", "temperature.gpu",
+    "ecc.errors.uncorrected.volatile.total",
 )  # fmt: skip
+_THROTTLED = ("clocks_event_reasons.active", "clocks_throttle_reasons.active")  # one thing: newer drivers, older ones
 
 
 def required(cwd: Path) -> dict[str, bool]:
@@ -78,12 +78,11 @@ def gather(packages: Iterable[str]) -> dict[str, Any]:
         "executable": sys.executable,
         "machine": platform.machine(),
         "packages": {name: _version(name) for name in packages},
-        "cpus": len(os.sched_getaffinity(0)),
         "files": {"soft": soft, "hard": hard},
         "locked": None if locked == resource.RLIM_INFINITY else locked,
         "rdma": Path("/sys/class/infiniband").is_dir(),
         "shm": _space("/dev/shm"),
-        "tmp": {"path": temporary, "set": os.environ.get("TMPDIR"), **(_space(temporary) or {})},
+        "tmp": {"path": temporary, **(_space(temporary) or {})},
         "gpus": _gpus(),
         "visible": find_gpus().count,
     }
@@ -109,30 +108,33 @@ def _gpus() -> list[dict[str, Any]] | str | None:
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return None
-    query = [tool, f"--query-gpu={','.join(_GPU_FIELDS)}", "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return f"nvidia-smi: {error}"
-    if done.returncode:
-        return f"nvidia-smi: {(done.stdout + done.stderr).strip()[:300]}"
-    return read_nvidia_smi(done.stdout)
+    said = ""
+    for throttled in _THROTTLED:
+        query = [tool, f"--query-gpu={','.join((*_GPU_FIELDS, throttled))}", "--format=csv,noheader,nounits"]
+        try:
+            done = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            return f"nvidia-smi: {error}"
+        if not done.returncode:
+            return read_nvidia_smi(done.stdout)
+        said = said or (done.stdout + done.stderr).strip()[:300]
+    return f"nvidia-smi: {said}"
 
 
 def read_nvidia_smi(text: str) -> list[dict[str, Any]] | str:
-    """What nvidia-smi printed for `_GPU_FIELDS`; memory in MiB, temperature in degrees Celsius.
+    """What nvidia-smi printed for `_GPU_FIELDS` and why it slows down; memory in MiB, temperature in degrees Celsius.
 
     ecc: uncorrected errors since the driver was loaded; throttle: its bits; None where a GPU does not tell.
     """
     found = []
     for line in filter(str.strip, text.splitlines()):
         values = [value.strip() for value in line.split(",")]
-        if len(values) != len(_GPU_FIELDS):
+        if len(values) != len(_GPU_FIELDS) + 1:
             return f"nvidia-smi answered {line!r}"
-        index, name, uuid, driver, total, used, warm, ecc, throttle = values
+        index, name, driver, total, used, warm, ecc, throttle = values
         found.append(
             {
-                "index": _number(index), "name": name, "uuid": uuid, "driver": driver, "memory": _number(total),
+                "index": _number(index), "name": name, "driver": driver, "memory": _number(total),
                 "used": _number(used), "temperature": _number(warm), "ecc": _number(ecc),
                 "throttle": _number(throttle),
             }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -13,18 +14,18 @@ import pytest
 
 from launcher.doctor.cluster import settings
 from launcher.doctor.examination import ALL_PAIRS_UP_TO, Machine, Place, Report, pairings
-from launcher.doctor.facts import read_nvidia_smi, required
+from launcher.doctor.facts import gather, read_nvidia_smi, required
 from launcher.doctor.verdicts import judge, table
 from launcher.errors import ClusterError
 
 LAUNCH = Path(sys.executable).with_name("launch")
 GIB = 1 << 30
-GPU = {"index": 0, "name": "H100", "uuid": "x", "driver": "570.1", "memory": 81559, "used": 3, "temperature": 40,
+GPU = {"index": 0, "name": "H100", "driver": "570.1", "memory": 81559, "used": 3, "temperature": 40,
        "ecc": 0, "throttle": 1}  # fmt: skip
 FACTS = {
     "host": "x", "python": "3.11.2", "executable": "/venv/bin/python", "machine": "x86_64",
-    "packages": {"muster": "0.1", "torch": "2.15"}, "cpus": 4, "files": {"soft": 1024, "hard": 65536}, "locked": None,
-    "rdma": False, "shm": {"total": 8 * GIB, "free": 8 * GIB}, "tmp": {"path": "/tmp", "set": None, "free": GIB},
+    "packages": {"muster": "0.1", "torch": "2.15"}, "files": {"soft": 1024, "hard": 65536}, "locked": None,
+    "rdma": False, "shm": {"total": 8 * GIB, "free": 8 * GIB}, "tmp": {"path": "/tmp", "free": GIB},
     "gpus": None, "visible": 0, "opened": {"port": 1234},
 }  # fmt: skip
 
@@ -37,7 +38,7 @@ def healthy(*names: str) -> Report:
     ]  # fmt: skip
     pairs = [(a, b) for a in range(len(names)) for b in range(len(names)) if a != b]
     reduced = {"failed": {}, "backend": "gloo", "size": len(names), "latency_s": 1e-4, "rate": 1e9, "bytes": 1 << 24}
-    return Report({**FACTS, "host": "head"}, machines, dict.fromkeys(pairs, 1e9), 1, reduced)
+    return Report({**FACTS, "host": "head"}, machines, dict.fromkeys(pairs, 1e9), reduced)
 
 
 def finding(report: Report, check: str, **place):
@@ -71,7 +72,7 @@ def _set(check, **values):
         ("clocks", lambda r: setattr(r.machines[1], "clock_s", (-2.0, 0.01)), "bob is 2.000 s behind"),
         ("/dev/shm", _set(None, shm={"total": 1 << 26, "free": 1 << 26}), "bob: 64 MiB of 64 MiB free"),
         ("open files", _set(None, files={"soft": 1024, "hard": 1024}), "bob: 1024 (up to 1024)"),
-        ("TMPDIR", _set(None, tmp={"path": "/" + 80 * "t", "set": None, "free": GIB}), "has 81 characters"),
+        ("TMPDIR", _set(None, tmp={"path": "/" + 80 * "t", "free": GIB}), "has 81 characters"),
         ("GPUs", _set(None, gpus="nvidia-smi: no devices"), "bob: nvidia-smi: no devices"),
         ("GPUs", _set(None, gpus=[GPU | {"ecc": 2}], visible=1), "bob GPU 0: 2 uncorrected memory errors"),
         ("GPUs", _set(None, gpus=[GPU | {"throttle": 0x28}], visible=1), "slowed down by hardware slowdown, heat"),
@@ -126,11 +127,26 @@ def test_gpus_that_a_run_will_ask_for():
 
 
 def test_nvidia_smi_is_read():
-    text = "0, NVIDIA H100 80GB HBM3, GPU-1, 570.1, 81559, 4, 31, 0, 0x01\n1, A, B, C, 1, 2, 3, [N/A], [N/A]\n"
+    text = "0, NVIDIA H100 80GB HBM3, 570.1, 81559, 4, 31, 0, 0x01\n1, A, C, 1, 2, 3, [N/A], [N/A]\n"
     first, second = read_nvidia_smi(text)
     assert (first["name"], first["memory"], first["ecc"], first["throttle"]) == ("NVIDIA H100 80GB HBM3", 81559, 0, 1)
     assert (second["ecc"], second["throttle"]) == (None, None)
     assert read_nvidia_smi("something else\n") == "nvidia-smi answered 'something else'"
+
+
+@pytest.mark.parametrize("field", ["clocks_event_reasons.active", "clocks_throttle_reasons.active", "none"])
+def test_drivers_old_and_new_are_asked_and_one_that_is_ill_is_quoted(field, tmp_path, monkeypatch):
+    (tmp_path / "nvidia-smi").write_text(
+        f'#!/bin/sh\ncase "$1" in *,{field}) echo 0, H100, 570, 81559, 4, 31, 0, 0x4;; '
+        '*) echo "Unable to determine the device handle" >&2; exit 6;; esac\n'
+    )
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    found = gather([])["gpus"]
+    if field == "none":
+        assert found == "nvidia-smi: Unable to determine the device handle"
+    else:
+        assert (found[0]["name"], found[0]["throttle"]) == ("H100", 4)
 
 
 def test_requirements_are_read(tmp_path):
