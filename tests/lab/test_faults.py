@@ -127,7 +127,10 @@ class Sufferer:
         return began
 
     def _of(self, host: str, role: str) -> list[int]:
-        return [random.choice(wait_for(lambda: self.machines.agents(host, role), 30, f"the {role} on {host}"))]
+        # The newest: an agent that was cut off may still be leaving, and nobody decides anything because of that.
+        count = 2 if role == "rank" else 1
+        found = wait_for(lambda: self.machines.agents(host, role)[-count:], 30, f"the {role} on {host}")
+        return [random.choice(found)]
 
     def _all(self, host: str) -> list[int]:
         return [p.pid for p in self.machines.host(host).processes()]
