@@ -41,11 +41,11 @@ _LOST_PEER = re.compile(
     r"Socket (?:unexpectedly )?closed|Remote peer closed|remote error detected from rank|collective timeout|"
     r"NCCL communicator encountered error|NCCL (?:operations have failed or )?timed? ?out|NCCL operation timed out|"
     r"client socket has timed out|TCP client failed to connect|monitoredBarrier|Aborting all communicators|"
-    r"(?:Connect|Read) timeout |did not complete during reconfigure",
+    r"(?:Connect|Read) timeout \[|did not complete during reconfigure",
     re.IGNORECASE,
 )  # fmt: skip
-# NCCL's watchdog also passes on what the rank's own kernels did.
-_OWN_DEVICE = re.compile(r"CUDA error: |CUDA out of memory|device-side assert|uncorrectable", re.IGNORECASE)
+# NCCL's watchdog also passes on what the rank's own kernels did; object stores close connections too.
+_OWN = re.compile(r"CUDA error: |CUDA out of memory|device-side assert|uncorrectable|endpoint URL", re.IGNORECASE)
 
 _HEAD = "Traceback (most recent call last):"
 _EXCEPTION = re.compile(r"(?P<type>[A-Za-z_][\w.]*)(?:: (?P<message>.*))?")
@@ -105,7 +105,7 @@ class RankExit:
             said = "\n".join(self.tail[-15:])
         else:
             return False
-        return bool(_LOST_PEER.search(said)) and not _OWN_DEVICE.search(said)
+        return bool(_LOST_PEER.search(said)) and not _OWN.search(said)
 
     def on_clock(self, shift_ns: int) -> RankExit:
         """The same exit, its times moved to another node's monotonic clock."""

@@ -72,6 +72,7 @@ def test_root(exits: list[RankExit], wanted: tuple[int, tuple[int, ...], bool] |
         "The client socket has timed out after 60000ms while trying to connect to (10.0.0.2, 4000).",
         "NCCL communicator encountered error set by ProcessGroupNCCL: collective timeout",
         "Socket closed [10.0.0.3]:4000",
+        "Read timeout [10.0.0.3]:4000",
         "Remote peer closed the connection.",
     ],
 )
@@ -82,7 +83,8 @@ def test_what_torch_says_of_a_lost_peer(says: str) -> None:
 @pytest.mark.parametrize(
     "says",
     ["no such label: 17", "CUDA out of memory", "shapes cannot be multiplied", "",
-     "Process group watchdog thread terminated with exception: CUDA error: device-side assert triggered"],
+     "Process group watchdog thread terminated with exception: CUDA error: device-side assert triggered",
+     'Connection was closed before we received a valid response from endpoint URL: "http://s3/b"'],
 )  # fmt: skip
 def test_what_is_a_fault_of_ones_own(says: str) -> None:
     assert not at(0, 1, 0, says=says).lost_peer

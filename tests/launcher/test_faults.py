@@ -35,6 +35,7 @@ TABLE = [
     (root(1, "OSError: [Errno 5] Input/output error"), "storage"),
     (root(1, "botocore.exceptions.ClientError: An error occurred (SlowDown) when calling the UploadPart operation"),
      "storage"),
+    (root(1, 'botocore.exceptions.ReadTimeoutError: Read timeout on endpoint URL: "http://s3/b"'), "storage"),
     (root(1, "RuntimeError: DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's "
              "workers are out of shared memory."), "storage"),
     (root(-7), "storage"),
