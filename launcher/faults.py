@@ -40,7 +40,8 @@ _SHARED_MEMORY = re.compile(
 _STORAGE = re.compile(
     r"No space left on device|Disk quota exceeded|Input/output error|Read-only file system|Stale file handle|"
     r"Transport endpoint is not connected|File too large|CheckpointWriteError|SlowDown|NoSuchBucket|"
-    r"EndpointConnectionError|endpoint URL|NoCredentialsError|when calling the \w*(?:Object|Upload|Part|Bucket)\w* operation"
+    r"EndpointConnectionError|endpoint URL|NoCredentialsError|"
+    r"when calling the \w*(?:Object|Upload|Part|Bucket)\w* operation"
 )
 _GPU = re.compile(
     r"uncorrectable (?:ECC|NVLink)|GPU is lost|fallen off the bus|CUDA-capable device\(s\) is/are busy|"
