@@ -135,27 +135,25 @@ def fit(run: Fit) -> None:
     if hooks.on_train_start is not None:
         hooks.on_train_start()
     run.last_validation = time.monotonic() - state.elapsed
-    while not _done(run):
+    while (reason := _end(run)) is None:
         train_epoch(run)
     if hooks.on_train_end is not None:
         hooks.on_train_end()
+    rank_zero_info(f"fit ends: {reason}.")  # after the progress bars, which would draw over it
 
 
-def _done(run: Fit) -> bool:
-    """Whether a limit of the whole fit is reached."""
+def _end(run: Fit) -> str | None:
+    """Which limit of the whole fit is reached, if one is."""
     trainer, state = run.trainer, run.state
     if state.resume_at:
-        return False
+        return None
     if run.batches_per_epoch == 0:
-        rank_zero_info("fit ends: there are no training batches.")
-        return True
+        return "there are no training batches"
     if 0 <= trainer.max_steps <= state.global_step:
-        rank_zero_info(f"fit ends: max_steps={trainer.max_steps} reached.")
-        return True
+        return f"max_steps={trainer.max_steps} reached"
     if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= state.epoch:
-        rank_zero_info(f"fit ends: max_epochs={trainer.max_epochs} reached.")
-        return True
-    return state.should_stop and may_stop(run)
+        return f"max_epochs={trainer.max_epochs} reached"
+    return "should_stop is set" if state.should_stop and may_stop(run) else None
 
 
 def may_stop(run: Fit) -> bool:

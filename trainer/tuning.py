@@ -170,6 +170,10 @@ class LearningRates:
         ax.plot(lrs, losses)
         if self.mode == "exponential":
             ax.set_xscale("log")
+        # The last losses, where it diverges, tower above all that one wants to see.
+        finite = sorted(filter(math.isfinite, losses))
+        if finite and (height := finite[len(finite) * 95 // 100] - finite[0]) > 0:
+            ax.set_ylim(finite[0] - 0.1 * height, finite[0] + 1.5 * height)
         ax.set_xlabel("Learning rate")
         ax.set_ylabel("Loss")
         if suggest and (place := self._steepest(10, 1)) is not None:

@@ -143,6 +143,14 @@ def test_rich_bar(tmp_path):
     assert "\x1b[?25h" in screen.getvalue()  # the cursor is shown again
 
 
+def test_on_a_narrow_screen_the_metrics_take_several_lines(tmp_path):
+    screen = io.StringIO()
+    run(RichProgressBar(console_kwargs={"file": screen, "force_terminal": True, "width": 72}), tmp_path)
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue())
+    assert re.search(r"epoch 2/2 \S+ 5/5 \S+ • \S+ \S+it/s loss:", text)
+    assert re.search(r"\n *(val: )?0\.500", text)
+
+
 def test_tqdm_bar(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(progress_module, "on_terminal", lambda: True)
     run(TQDMProgressBar(leave=True), tmp_path)

@@ -88,6 +88,8 @@ def test_lr_find_stops_where_the_loss_diverges_and_plots(quiet, tmp_path):
     figure = steps.plot(suggest=True)
     assert figure.axes[0].get_xscale() == "log"
     assert len(figure.axes[0].lines) == 2
+    steps.results["loss"][-1] = 1e6  # what diverges does not hide the rest
+    assert steps.plot().axes[0].get_ylim()[1] < 3
     figure.savefig(tmp_path / "lr.png")
     import matplotlib.pyplot as plt
 

@@ -247,6 +247,9 @@ class ProgressBar(Callback):
     def on_sanity_check_start(self, trainer: Trainer, pl_module: Module) -> None:
         self._begin("sanity", "sanity check", sum(trainer.num_sanity_val_batches))
 
+    def on_train_end(self, trainer: Trainer, pl_module: Module) -> None:
+        self._close()
+
     def on_sanity_check_end(self, trainer: Trainer, pl_module: Module) -> None:
         self._end(trainer, pl_module)
 
@@ -358,6 +361,7 @@ class RichScreen(Screen):
 
     def __init__(self, console: Any, theme: RichProgressBarTheme, leave: bool) -> None:
         from rich.progress import BarColumn, Progress, TextColumn
+        from rich.table import Column
 
         self._theme = theme
         self._leave = leave
@@ -365,14 +369,15 @@ class RichScreen(Screen):
         self._last: Any = None
         self._progress = Progress(
             TextColumn(f"[{theme.description or 'none'}]{{task.description}}"),
+            # On a narrow screen the bar is short, and the metrics take several lines; all else stays whole.
             BarColumn(
-                style="dim", complete_style=theme.progress_bar, finished_style=theme.progress_bar_finished,
-                pulse_style=theme.progress_bar_pulse,
+                bar_width=min(40, max(8, console.width // 2 - 30)), style="dim", complete_style=theme.progress_bar,
+                finished_style=theme.progress_bar_finished, pulse_style=theme.progress_bar_pulse,
             ),
             TextColumn(f"[{theme.batch_progress or 'none'}]{{task.fields[count]}}"),
             TextColumn(f"[{theme.time or 'none'}]{{task.fields[times]}}"),
             TextColumn(f"[{theme.processing_speed or 'none'}]{{task.fields[rate]}}"),
-            TextColumn(f"[{theme.metrics or 'none'}]{{task.fields[metrics]}}"),
+            TextColumn(f"[{theme.metrics or 'none'}]{{task.fields[metrics]}}", table_column=Column(no_wrap=False)),
             console=console,
             auto_refresh=False,
             # In a notebook a kernel flushes stdout before it displays; taken over, that displays, and so on without end
