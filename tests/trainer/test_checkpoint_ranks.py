@@ -45,7 +45,13 @@ def test_state_is_saved_by_three_ranks_and_loaded_by_two_by_one_and_by_dcp(gang,
         assert torch.equal(tensor, whole.state[part][name]), key
 
 
-@pytest.mark.parametrize("elements", ["1000", "3000000"], ids=["written by a thread", "by a process"])
+@pytest.mark.parametrize(
+    "elements",
+    [
+        pytest.param("1000", id="written by a thread"),
+        pytest.param("3000000", id="by a process", marks=pytest.mark.slow),
+    ],
+)
 def test_a_rank_killed_in_a_save_is_not_waited_for(gang, tmp_path, elements):
     first, second = gang(2, "checkpoint_ranks.py", "lost", str(tmp_path / "store"), env={"ELEMENTS": elements})
     assert second.returncode == -signal.SIGKILL, second.stderr
