@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -12,8 +13,6 @@ from job import Job
 from netns import wait_for
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from machines import Call, Machines
 
     from lab import Lab
@@ -70,6 +69,38 @@ def attempt_on(call: Call, *hosts: str) -> None:
 
 def agents(machines: Machines, name: str) -> list[int]:
     return [p.pid for p in machines.host(name).processes() if "launcher.agent" in p.command]
+
+
+@pytest.mark.soak
+def test_weights_after_losses_and_joins_are_those_of_an_undisturbed_run(launched, machines: Machines, tmp_path) -> None:
+    """A host is cut off, mended, another stands still: each time the run goes on without it, and takes it in again."""
+    program = Path(__file__).parent.parent / "programs" / "virtual_elastic.py"
+    quiet = launched("--procs", "1", "--run", "quiet", "--hosts", "ada,bob", program)
+    wait_for((tmp_path / "runs" / "quiet").is_dir, 30, "the undisturbed run")
+    for step in (6, 14, 22):
+        (tmp_path / "runs" / "quiet" / f"go-{step}").touch()
+    assert quiet.end()[0] == 0
+    hurt = launched("--procs", "1", "--hosts", "ada,bob,cyd", "--nodes", "1:3", program)
+
+    def held(step: int, ranks: int) -> None:
+        wait_for(lambda: len(list(hurt.folder.glob(f"held-{step}-?-of-{ranks}"))) == ranks, 60, f"{ranks} at {step}")
+
+    held(6, 3)
+    machines.network.link_down("ada")
+    held(6, 2)
+    machines.network.link_up("ada")
+    held(14, 3)
+    for pid in agents(machines, "cyd"):
+        os.kill(pid, signal.SIGSTOP)
+    wait_for(lambda: len(attempts(hurt)) == 5, 60, "an attempt with all three, whose agent was started again")
+    (hurt.folder / "go-14").touch()
+    held(22, 3)
+    (hurt.folder / "go-22").touch()
+    code, _, err = hurt.end()
+    assert code == 0, err
+    result = (hurt.folder / "result").read_text()
+    assert result.startswith("28 ")
+    assert result == (tmp_path / "runs" / "quiet" / "result").read_text()
 
 
 def test_a_slurm_job_goes_on_without_a_node(lab: Lab, tmp_path: Path) -> None:
