@@ -33,7 +33,7 @@ rank, size = dist.get_rank(), dist.get_world_size()
 run = Path(os.environ["LAUNCH_RUN_DIR"])
 state = torch.zeros(2, dtype=torch.float64)
 if rank == 0 and (run / "saved.json").exists():
-    state[:] = torch.tensor(json.loads((run / "saved.json").read_text())[:2])
+    state[:] = torch.tensor(json.loads((run / "saved.json").read_text())[:2], dtype=state.dtype)
 dist.broadcast(state, 0)
 step, total = int(state[0]), float(state[1])
 orders = run / f"do-{rank}"
