@@ -286,7 +286,7 @@ class Node:
 
     def start(self, world: World, node: int) -> dict[int, int]:
         """Start this node's ranks; returns their pids by local rank."""
-        self._world, self._asked_ns, self._kill_at, self._swept = world, None, None, False
+        self._world, self._swept = world, False
         self._signalled_ns = None
         self._look_at = time.monotonic() + EVERY_S
         self.exits, self._pids, self._oom_kills = {}, {}, _oom_kills()
@@ -369,9 +369,12 @@ class Node:
         if self._asked_ns is None:
             self._asked_ns = time.monotonic_ns()
             for local in self._pids:
-                self.zygote.send({"order": "signal", "key": str(local), "number": int(signal.SIGTERM)})
+                self._ask(local)
         deadline = time.monotonic() + grace_s
         self._kill_at = deadline if self._kill_at is None else min(self._kill_at, deadline)
+
+    def _ask(self, local: int) -> None:
+        self.zygote.send({"order": "signal", "key": str(local), "number": int(signal.SIGTERM)})
 
     @property
     def drained(self) -> bool:
@@ -532,6 +535,9 @@ class Node:
                 self._given_up = message["given up"]
             elif "here" not in message:
                 self.dismissed = self.dismissed or "end" in message
+                if "world" in message:
+                    # From here on a stop is of this attempt, also one that comes before its ranks are there.
+                    self._asked_ns = self._kill_at = None
                 self.orders.append(message)
         if self.link.closed:
             self._selector.unregister(self.link)
@@ -558,6 +564,8 @@ class Node:
         for report in self.zygote.receive():
             if "started" in report:
                 self._pids[int(report["started"])] = report["pid"]
+                if self._asked_ns is not None:
+                    self._ask(int(report["started"]))
             elif "exited" in report:
                 self._reaped(int(report["exited"]), report)
             elif "swept" in report:
