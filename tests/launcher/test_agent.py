@@ -17,8 +17,9 @@ from launcher.topology import World
 ours, its_link = socket.socketpair()
 zygote, its_zygote = socket.socketpair()
 supervisor, zygote = Channel(ours), Channel(zygote)
-node = Node(LaunchSpec(program=Program("script", sys.argv[1]), cwd=sys.argv[2], procs=2), "run", Path(sys.argv[2]), dict(os.environ),
-            Channel(its_link), Channel(its_zygote), 1, [], scheduled=False, silent_s=None, orphan_grace_s=1.0)
+spec = LaunchSpec(program=Program("script", sys.argv[1]), cwd=sys.argv[2], procs=2)
+node = Node(spec, "run", Path(sys.argv[2]), dict(os.environ), Channel(its_link),
+            Channel(its_zygote), 1, [], scheduled=False, silent_s=None, orphan_grace_s=1.0)
 supervisor.send({"world": {}})
 supervisor.send({"abort": {}})
 while not node.orders:
