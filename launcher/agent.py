@@ -508,7 +508,8 @@ class Node:
             node = self._places[0].node
             whole = "".join(f"rank {g.ranks[0]} on {self.host}: {g.where}\n{g.sample}\n" for g in groups)
             (folder / f"node-{node}.txt").write_text(whole)
-        self._report({"stacks": name, "groups": [g.to_json() for g in merged(groups)]})
+        stalled = any(self._views[local].stalled() is not None for local in self._pids)
+        self._report({"stacks": name, "groups": [g.to_json() for g in merged(groups)], "still": stalled})
 
     def _report(self, message: Message) -> None:
         if not self.link.closed:  # without a supervisor the ranks are still brought to their end

@@ -103,14 +103,21 @@ class Census:
     awaited: set[int]
     hang: str | None = None
     by: float = field(default_factory=lambda: time.monotonic() + _ANSWER_S)
+    _stalled: bool = False
     _groups: list[Group] = field(default_factory=list)
 
-    def answered(self, name: str, node: int, groups: list[dict[str, Any]]) -> bool:
-        """A node's groups have come; returns whether they were the last."""
+    def answered(self, name: str, node: int, groups: list[dict[str, Any]], stalled: bool) -> bool:
+        """A node's groups have come; returns whether they were the last. stalled: a rank there still gets nowhere."""
         if name == self.name and node in self.awaited:
             self.awaited.discard(node)
+            self._stalled |= stalled
             self._groups = merged([*self._groups, *(Group(g["where"], tuple(g["ranks"]), g["sample"]) for g in groups)])
         return not self.awaited
+
+    @property
+    def hangs(self) -> bool:
+        """Whether the ranks are to be ended: none of them went on while they were asked."""
+        return self.hang is not None and (self._stalled or bool(self.awaited))
 
     def told(self) -> str:
         """In a sentence."""

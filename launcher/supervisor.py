@@ -386,8 +386,9 @@ class Supervisor:
         told = census.told()
         self.run.write_stacks(census.name, census.to_json())
         self.run.event("stacks", name=census.name, attempt=self.gang.attempt, hang=census.hang, told=told)
-        self._say(f"{census.hang or 'stacks'}: {told} (all of it: {self.run.path / 'stacks' / census.name})")
-        if census.hang is not None:
+        went_on = "; it goes on now" if census.hang is not None and not census.hangs else ""
+        self._say(f"{census.hang or 'stacks'}{went_on}: {told} (all of it: {self.run.path / 'stacks' / census.name})")
+        if census.hangs:
             self._do(self.gang.hung(f"{census.hang}: {told}"))
 
     # -------------------------------------------------------------------------------------------- agents
@@ -443,7 +444,8 @@ class Supervisor:
         elif "stalled" in message:
             self._stalled(**message["stalled"])
         elif "stacks" in message:
-            if self._census is not None and self._census.answered(message["stacks"], agent.index, message["groups"]):
+            answer = message["stacks"], agent.index, message["groups"], message["still"]
+            if self._census is not None and self._census.answered(*answer):
                 self._end_census(self._census)
         elif "console" in message:
             self._relay.take(agent.link, message["console"], message["text"])

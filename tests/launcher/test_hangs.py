@@ -13,7 +13,7 @@ from launcher.errors import UsageError
 from launcher.gang import Gang
 from launcher.hangs import Patience
 from launcher.progress import Beat
-from launcher.stacks import Group, merged, numbers, where
+from launcher.stacks import Census, Group, merged, numbers, where
 
 DUMP = """Thread 0x00007f0000000001 [Thread-1] (most recent call first):
   File "/usr/lib/python3.11/threading.py", line 327 in wait
@@ -70,6 +70,18 @@ def test_patience_that_is_learned() -> None:
         assert quick.look(step, Beat(step, 2, step), None) is None
     assert quick.look(29 + 299, Beat(29, 2, 29), None) is None
     assert quick.look(29 + 301, Beat(29, 2, 29), None) == 301
+
+
+def test_ranks_that_went_on_while_they_were_asked_are_left_alone() -> None:
+    census = Census("a", {0, 1}, hang="rank 1 has made no step for 30 s")
+    assert not census.answered("a", 0, [], stalled=False)
+    assert census.hangs  # nobody knows of node 1
+    assert census.answered("a", 1, [], stalled=False)
+    assert not census.hangs
+    census = Census("b", {0, 1}, hang="rank 1 has made no step for 30 s")
+    census.answered("b", 1, [], stalled=True)
+    assert census.answered("b", 0, [], stalled=False)
+    assert census.hangs
 
 
 def test_a_hang_is_a_failure_whatever_the_ranks_say_when_they_are_ended() -> None:
