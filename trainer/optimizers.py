@@ -202,9 +202,10 @@ class WrappedOptimizer:
     ) -> None:
         # An instance's own class makes isinstance(opt, Adam) true without copying the optimizer's state.
         made = type(optimizer)
-        # As if it stood where its class stands: who looks for an optimizer by its name, as command lines do, must not
-        # find two.
-        self.__class__ = type(made.__name__, (WrappedOptimizer, made), {"__module__": made.__module__})
+        # Where it stands tells that nobody can import it: who looks for an optimizer by its name, as command lines do,
+        # must not find two.
+        place = f"{WrappedOptimizer.__init__.__qualname__}.<locals>.{made.__name__}"
+        self.__class__ = type(made.__name__, (WrappedOptimizer, made), {"__qualname__": place})
         self._optimizer = optimizer
         self._module = module
         self._precision = precision

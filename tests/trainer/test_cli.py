@@ -79,12 +79,15 @@ def test_fit_by_flags_and_again_by_its_saved_config(run, tmp_path):
 
 
 def test_classes_are_chosen_by_name(run):
+    # Its optimizer, as a module sees it, is of a class that is called Adam too.
+    earlier = run("fit", "--optimizer=Adam", "--optimizer.lr=0.5", "--trainer.fast_dev_run=1", classes=(Net, Data))
     cli = run(
         "fit", f"--model={__name__}.Deep", "--model.depth=4", f"--data={__name__}.Data", "--data.batch_size=8",
         "--trainer.callbacks=EarlyStopping", "--trainer.callbacks.monitor=loss", "--trainer.logger=CSVLogger",
         "--trainer.logger.save_dir=logs", "--optimizer=Adam", "--optimizer.lr=0.5", "--lr_scheduler=StepLR",
         "--lr_scheduler.step_size=1", "--trainer.fast_dev_run=1", classes=(None, None),
     )  # fmt: skip
+    assert type(earlier.model.optimizers()).__name__ == "Adam"
     assert type(cli.model).__name__ == "Deep"
     assert any(isinstance(c, EarlyStopping) for c in cli.trainer.callbacks)
     assert isinstance(cli.trainer.optimizers[0], torch.optim.Adam)
