@@ -48,7 +48,7 @@ __all__ = ["Supervisor"]
 # rank sleeps in the kernel and cannot be killed.
 _PATIENCE_S = 10.0
 _FENCED_WITHIN_S = 5.0  # what a stopped agent left on a host that can be reached
-_FILES_EACH, _FILES_OWN = 3, 100  # the connection of a node, the process that leads to it, a new way beside an old one
+_FILES_EACH, _FILES_OWN = 3, 50  # the connection of a node, the process that leads to it, a new way beside an old one
 _SHOWN_EVERY_S = 30.0  # a write to a shared file system
 
 
