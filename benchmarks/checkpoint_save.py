@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import statistics
 import tempfile
@@ -81,9 +82,18 @@ def idle_seconds() -> float:
 
 
 def held() -> int:
-    """Bytes of memory of this process and its children, each shared page counted once."""
-    processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
-    return sum(p.memory_full_info().pss for p in processes)
+    """Bytes of memory of this process and its children, each shared page counted once.
+
+    Memory files are counted where most of them is mapped: shares of their pages, read from one process after the
+    other while the second one maps them, would count them twice.
+    """
+    own, files = 0, 0
+    for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
+        rollup = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
+        own += sum(int(kib) for kib in re.findall(r"^Pss_(?:Anon|File): +(\d+)", rollup, re.MULTILINE))
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        files = max(files, *(int(kib) for kib in re.findall(r"^RssShmem:\s+(\d+)", status, re.MULTILINE)))
+    return 1024 * (own + files)
 
 
 def extra_memory(store: Store, tensors: dict[str, torch.Tensor]) -> int:
