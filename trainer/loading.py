@@ -442,6 +442,11 @@ class _StreamFeed(Feed):
         looks_ahead = self._train and not self.sized
         keyed = looks_ahead and not getattr(self.loader, "num_workers", 0)
         try:
+            if not looks_ahead:
+                for batch in iterator:
+                    self.position += 1
+                    yield batch
+                return
             while True:
                 if keyed:
                     with isolate_rng():
@@ -453,7 +458,7 @@ class _StreamFeed(Feed):
                     return
                 self.position += 1
                 yield batch
-                if looks_ahead and self._keeper is not None:
+                if self._keeper is not None:
                     self._kept = self.position, copy.deepcopy(self._keeper.state_dict())
         finally:
             if not getattr(self.loader, "persistent_workers", False):
