@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -41,9 +42,11 @@ class DigitsData(T.DataModule):
 
         images, labels = load_digits(return_X_y=True)
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = self.file.with_suffix(".tmp.npz")
-        np.savez(unfinished, images=images.reshape(-1, 1, 8, 8) / 16, labels=labels)
-        unfinished.rename(self.file)  # whole or not there at all, even if this process is killed
+        # Whole or not there at all, even if this process is killed; several machines may share the folder.
+        with tempfile.TemporaryDirectory(dir=self.file.parent) as own:
+            unfinished = Path(own) / self.file.name
+            np.savez(unfinished, images=images.reshape(-1, 1, 8, 8) / 16, labels=labels)
+            unfinished.rename(self.file)
 
     def setup(self, stage: str) -> None:
         """Runs on every rank."""

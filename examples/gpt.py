@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import math
 import sysconfig
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,9 +80,11 @@ class Library(T.DataModule):
         pieces = [text[i : i + 2**16] for i in range(0, len(text) - 2**16, 2**16)]
         order = np.random.default_rng(0).permutation(len(pieces))
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = self.file.with_suffix(".tmp.npy")
-        np.save(unfinished, np.frombuffer(b"".join(pieces[i] for i in order), np.uint8))
-        unfinished.rename(self.file)  # whole or not there at all, even if this process is killed
+        # Whole or not there at all, even if this process is killed; several machines may share the folder.
+        with tempfile.TemporaryDirectory(dir=self.file.parent) as own:
+            unfinished = Path(own) / self.file.name
+            np.save(unfinished, np.frombuffer(b"".join(pieces[i] for i in order), np.uint8))
+            unfinished.rename(self.file)
 
     def setup(self, stage: str) -> None:
         """Runs on every rank: the file is mapped, not read."""

@@ -14,6 +14,7 @@ import argparse
 import gzip
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 from urllib.error import URLError
 
@@ -83,10 +84,15 @@ def take_local_files(folder: Path) -> None:
             if target.exists() or not source.exists():
                 continue
             raw.mkdir(parents=True, exist_ok=True)
-            unfinished = target.with_suffix(".tmp")
-            with (gzip.open if source.suffix == ".gz" else open)(source, "rb") as packed, open(unfinished, "wb") as out:
-                shutil.copyfileobj(packed, out)
-            unfinished.rename(target)
+            # Several machines may share the folder.
+            with tempfile.TemporaryDirectory(dir=raw) as own:
+                unfinished = Path(own) / name
+                with (
+                    (gzip.open if source.suffix == ".gz" else open)(source, "rb") as packed,
+                    open(unfinished, "wb") as out,
+                ):
+                    shutil.copyfileobj(packed, out)
+                unfinished.rename(target)
 
 
 class MNISTModel(T.Module):

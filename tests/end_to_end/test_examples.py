@@ -5,11 +5,14 @@ from __future__ import annotations
 import gzip
 import os
 import re
+import runpy
 import struct
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Barrier
 
 import numpy as np
 import pytest
@@ -61,6 +64,23 @@ def test_plain_ddp_on_two_ranks_and_again_after_an_interruption(tmp_path, gang):
     assert "epoch 2/" not in again.stdout
     assert accuracy(again.stdout) >= 93
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["state.pt"]
+
+
+def test_several_machines_may_prepare_the_data_in_a_folder_that_they_share(tmp_path, monkeypatch):
+    example = runpy.run_path(str(EXAMPLES / "gpt.py"))
+    both, save = Barrier(2, timeout=60), np.save
+
+    def save_at_once(*args):
+        both.wait()
+        save(*args)
+        both.wait()
+
+    monkeypatch.setattr(np, "save", save_at_once)
+    with ThreadPoolExecutor(2) as machines:
+        made = [machines.submit(example["Library"](tmp_path, 64, 8, 0).prepare_data) for _ in range(2)]
+        for each in made:
+            each.result()
+    assert [path.name for path in tmp_path.iterdir()] == ["stdlib.npy"]
 
 
 def write_idx(path, array):
