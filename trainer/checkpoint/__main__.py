@@ -66,7 +66,7 @@ def _show(arguments: argparse.Namespace) -> int:
     print(f"{checkpoint.folder}\nstep {manifest.step}, {manifest.world_size} ranks, {manifest.shard_bytes} bytes")
     print(f"written by {json.dumps(manifest.versions)}; extra {json.dumps(manifest.extra)}")
     for key, pieces in contents.pieces.items():
-        ranks = [rank for rank, _ in pieces]
+        ranks = sorted({rank for rank, _ in pieces})
         where = f"rank {ranks[0]}" if len(ranks) == 1 else f"{len(ranks)} ranks"
         print(f"{key}  {pieces[0][1].dtype} {list(pieces[0][1].shape)}  {where}")
     for path, value in plain_values(contents.state):

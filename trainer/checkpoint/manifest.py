@@ -165,7 +165,10 @@ class Manifest:
 
     def dump(self) -> bytes:
         """The manifest as a file, with its own checksum."""
-        body = {"format": FORMAT, "checksums": "xxh3_64 per block, xxh3_128 per record"} | asdict(self)
+        body: dict[str, Any] = {"format": FORMAT, "checksums": "xxh3_64 per block, xxh3_128 per record"} | asdict(self)
+        for file in body["files"]:
+            if not file["cuts"]:
+                del file["cuts"]  # as before shards of several files were known, for those that know none
         return json.dumps({"manifest": body, "checksum": checksum(_canonical(body))}, indent=1).encode()
 
     @classmethod

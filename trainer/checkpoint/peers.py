@@ -27,7 +27,7 @@ class Peer:
     @property
     def here(self) -> bool:
         """Whether it can be looked at from this process."""
-        return self.machine == _machine()
+        return bool(self.machine) and self.machine == _machine()
 
     @property
     def ended(self) -> bool:
@@ -38,8 +38,12 @@ class Peer:
 
 @cache
 def _machine() -> str:
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+    """Empty where a container does not tell: then nobody is looked at."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+    except OSError:
+        return ""
 
 
 def _stat(pid: int) -> tuple[str, str]:
@@ -47,6 +51,6 @@ def _stat(pid: int) -> tuple[str, str]:
     try:
         # The name, in brackets, may hold anything.
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
+    except OSError:
         return "X", ""
     return fields[0], fields[19]

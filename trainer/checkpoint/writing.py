@@ -65,6 +65,7 @@ def write_part(folder: Folder, record: Record, content: Content) -> None:
                 _exhaust(hashed)
         if record.stretches and content.descriptor is not None and not folder.local:
             folder.upload(record.stretches, content.descriptor)
+        _exhaust(blocks)  # its end lets go of the memory, which may be unmapped before the commit is over
         for stretch in record.stretches:
             _read_back(folder, stretch, checksums)
         folder.write_whole(record_name(record.rank), replace(record, blocks=tuple(checksums)).dump())
