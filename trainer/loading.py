@@ -443,7 +443,7 @@ class _StreamFeed(Feed):
         keyed = looks_ahead and not getattr(self.loader, "num_workers", 0)
         try:
             if not looks_ahead:
-                for batch in iterator:
+                while (batch := next(iterator, _NOTHING)) is not _NOTHING:
                     self.position += 1
                     yield batch
                 return
