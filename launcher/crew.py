@@ -103,7 +103,8 @@ class Crew:
         return messages
 
     def tell(self, agent: Agent, message: Message) -> None:
-        with contextlib.suppress(ConnectionError):  # its end is on the way, as the end of the connection
+        # Its end is on the way, as the end of the connection: also where the kernel gave up (ETIMEDOUT, EHOSTUNREACH).
+        with contextlib.suppress(OSError):
             agent.link.send(message)
 
     def send(self, node: int, message: Message) -> None:
@@ -116,7 +117,9 @@ class Crew:
         if now >= self._beat_at:
             self._beat_at = now + BEAT_S
             for agent in self._agents:
-                if agent.joined:
+                # Those that were started here see by the end of the connection that we are gone. And until such an
+                # agent has its modules it reads nothing: what it does not read would fill the socket and hold us up.
+                if agent.joined and (agent.process is None or self._fleet is not None):
                     self.tell(agent, {"here": True})
 
     def drop(self, agent: Agent) -> None:

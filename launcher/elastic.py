@@ -79,6 +79,7 @@ class GangRendezvous(RendezvousHandler):
 
     def _host_store(self, order: dict[str, Any]) -> tuple[str, int]:
         """Bind first, tell afterwards: a port that is known is a port that is held."""
+        self._store = None  # of an attempt that never began: it may hold the port that was asked for
         alone = order["nodes"] == 1
         addr = "127.0.0.1" if alone else order["addr"]
         family = socket.AF_INET6 if ":" in addr else socket.AF_INET

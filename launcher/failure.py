@@ -131,6 +131,11 @@ class RootCause:
     left_early: bool = False
 
     @property
+    def follows_a_lost_node(self) -> bool:
+        """Whether a lost node, if there is one, explains it: its peers were lost, or it was merely done."""
+        return self.left_early or self.exit.lost_peer
+
+    @property
     def exit_code(self) -> int:
         """What `launch` exits with: the rank's code, 128+n for a signal, 1 for a rank that left with 0."""
         if self.exit.ended_while_leaving:

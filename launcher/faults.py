@@ -84,7 +84,7 @@ def classify(root: RootCause | None, *, gone: str = "", hung: str | None = None,
     """gone: nodes that were lost, and how; hung: why it is held to hang; early: in the first attempt, before a step."""
     if hung is not None:
         return Fault("hang", hung)
-    if root is None or (gone and root.exit.lost_peer):
+    if root is None or (gone and root.follows_a_lost_node):
         return Fault("lost node", gone)
     ended = root.exit
     if root.left_early:
@@ -112,7 +112,7 @@ def classify(root: RootCause | None, *, gone: str = "", hung: str | None = None,
     if ended.code < 0 and ended.raised is None:
         return Fault("user code", f"rank {ended.rank} crashed in native code: {signal_name(-ended.code)}")
     wrong = early and (
-        (ended.error is not None and bool(_WRONG.search(said[0])))
+        (ended.error is not None and bool(said and _WRONG.search(said[0])))
         or (ended.code == 2 and bool(_USAGE.search("\n".join(ended.tail))))
     )
     evidence = (

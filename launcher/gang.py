@@ -323,9 +323,10 @@ class Gang:
         root = find_root(self.exits.values())
         gone = sorted(self.gone.items())
         codes = {e.code for e in self.exits.values()}
+        # Also if an agent was lost after its ranks were done.
+        if codes == {0} and len(self.exits) == sum(self.nodes[i].procs for i in self.members):
+            return self._end(Outcome("finished", 0, "all ranks exited 0"))
         if root is None and not gone and self._hung is None:
-            if codes == {0} and len(self.exits) == sum(self.nodes[i].procs for i in self.members):
-                return self._end(Outcome("finished", 0, "all ranks exited 0"))
             if self.stop_cause is None and self._joining:
                 return self._again(self._joined(), status="stopped")
             if self.stop_cause is None and 75 in codes:
@@ -334,7 +335,7 @@ class Gang:
             return self._end(self._stopped(root, codes))
         # A lost agent explains the ranks that lost their peers, not a rank that failed by itself.
         cause = "; ".join(f"node {i}: {how}" for i, how in gone)
-        if root is not None and not (gone and root.exit.lost_peer):
+        if root is not None and not (gone and root.follows_a_lost_node):
             cause = f"rank {root.exit.rank} {how_it_ended(root.exit)}"
         elif gone:
             root = None

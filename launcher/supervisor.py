@@ -394,7 +394,7 @@ class Supervisor:
     # -------------------------------------------------------------------------------------------- agents
 
     def _call_the(self, roll: Roll) -> None:
-        if self.gang.phase is Phase.MEETING or self.run.spec.elastic:
+        if self.gang.phase is Phase.MEETING or (self.run.spec.elastic and self.gang.phase is not Phase.ENDED):
             for node in roll.due():
                 self._crew.spawn(node)
         if self.gang.phase is Phase.MEETING and not self.gang.calling:
@@ -620,9 +620,8 @@ class Supervisor:
     def _dismiss(self, code: int) -> None:
         """Tell every agent to leave."""
         for agent in self._crew:
-            with contextlib.suppress(ConnectionError):
-                # srun kills the others when one leaves with another code, and with them what they still have to say.
-                agent.link.send({"end": {"code": code if self._step is None else 0}})
+            # srun kills the others when one leaves with another code, and with them what they still have to say.
+            self._crew.tell(agent, {"end": {"code": code if self._step is None else 0}})
 
     def _end_step(self, timeout_s: float = 10.0) -> None:
         """Have all agents of the step leave; its process is gone when this returns."""
@@ -654,6 +653,7 @@ class Supervisor:
 
     def _again(self, action: Action) -> None:
         """An attempt is over, and another one comes."""
+        self._census = None  # of ranks that are no more
         said = action.message
         record.attempt_over(self.run, self.gang.attempt - 1, said, action.outcome, self.progress)
         if said["restart"] is not None:

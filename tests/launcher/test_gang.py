@@ -606,3 +606,20 @@ def test_no_schedule_of_losses_goes_on_for_ever() -> None:
                 leave(g, -15)
     assert g.outcome is not None
     assert g.outcome.status == "failed"
+
+
+def test_a_lost_node_explains_a_rank_that_was_merely_done() -> None:
+    g = running(gang(3, least=2))
+    g.rank_exited(0, ended(0, 0))
+    g.node_drained(0, 0)
+    g.node_gone(2, "lost")
+    g.rank_exited(0, ended(1, 1, says="Connection closed by peer"))
+    assert "again" in brief(g.node_drained(1, 0))
+
+
+def test_an_agent_that_is_lost_after_all_ranks_were_done_does_not_matter() -> None:
+    g = running(gang(2, max_restarts=3))
+    for rank in (0, 1):
+        g.rank_exited(0, ended(rank, 0))
+    g.node_drained(0, 0)
+    assert brief(g.node_gone(1, "killed"))[-1] == "end finished 0"
