@@ -256,6 +256,7 @@ class Node:
         self._world: World | None = None
         self._asked_ns: int | None = None
         self._kill_at: float | None = None
+        self._killed = False
         self._swept = False
         self._paused: set[int] = set()
         self._oom_kills = _oom_kills()
@@ -420,6 +421,7 @@ class Node:
             self.link.closed = self.link.unreachable = True
             self._hear_supervisor()
         if self._kill_at is not None and self._pids and time.monotonic() >= self._kill_at:
+            self._killed = True
             for local in self._pids:
                 self.zygote.send({"order": "kill", "key": str(local)})
             self._kill_at = time.monotonic() + 1.0  # a rank in an uninterruptible sleep is asked again
@@ -539,6 +541,7 @@ class Node:
                 if "world" in message:
                     # From here on a stop is of this attempt, also one that comes before its ranks are there.
                     self._asked_ns = self._kill_at = None
+                    self._killed = False
                 self.orders.append(message)
         if self.link.closed:
             self._selector.unregister(self.link)
@@ -601,6 +604,8 @@ class Node:
         asked = any(t is not None and (told_ns or report["ns"]) >= t for t in (self._asked_ns, self._signalled_ns))
         if printed is not None and report["code"] == -signal.SIGTERM:
             asked = False  # who dies of it prints nothing any more: the exception was there before
+        if report["code"] == -signal.SIGKILL and not self._killed and not self._scheduled:
+            asked = False  # not by us: its end, which others noticed, took the kernel longer than theirs
         ended = RankExit(
             rank=place.rank,
             local_rank=local,
