@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from launcher import index
 from launcher.commands import Runs, options
-from launcher.commands.cancel import send
+from launcher.commands.asking import call, running
 from launcher.errors import RunError
 from launcher.runs import read_json
-from launcher.stacks import SIGNAL, numbers
-from launcher.standing import look
+from launcher.stacks import numbers
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from launcher.standing import Standing
 
@@ -43,10 +39,7 @@ COMMAND = click.Command(
 def run(argv: Sequence[str]) -> int:
     """Exit code: see the help."""
     o = options(COMMAND, argv)
-    standing = look([index.find(o["runs"], Path.cwd())]).runs[0]
-    if standing.status != "running":
-        raise RunError(f"run {standing.name} is {standing.status}: only a run that runs has stacks")
-    found = _ask(standing)
+    found = _ask(running(o["runs"], "has stacks"))
     if o["as_json"]:
         click.echo(json.dumps(found, indent=1))
         return 0
@@ -63,16 +56,7 @@ def run(argv: Sequence[str]) -> int:
 def _ask(standing: Standing) -> dict[str, Any]:
     folder = standing.folder / "stacks"
     before = _names(folder)
-    if standing.job_id is not None:
-        from launcher.backends.slurm_records import query_environment
-        from launcher.backends.slurm_tools import ask
-
-        ask("scancel", "--batch", f"--signal={int(SIGNAL)}", standing.job_id, environ=query_environment(os.environ))
-    else:
-        state = read_json(standing.folder / "state.json") or {}
-        if state.get("host") != socket.gethostname():
-            raise RunError(f"run {standing.name} was launched on {state.get('host')}: say launch stacks there")
-        send(state, SIGNAL)
+    call(standing, "launch stacks")
     deadline = time.monotonic() + _WITHIN_S
     while time.monotonic() < deadline:
         for name in sorted(_names(folder) - before):

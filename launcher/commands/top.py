@@ -11,19 +11,16 @@ import shutil
 import socket
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from launcher import index
 from launcher.commands import Runs, options
-from launcher.commands.cancel import send
+from launcher.commands.asking import call, running
 from launcher.commands.table import duration, lines
 from launcher.errors import RunError
 from launcher.runs import read_json
-from launcher.stacks import SIGNAL, numbers
-from launcher.standing import look
+from launcher.stacks import numbers
 from launcher.vitals import ANSWER, REQUEST
 
 if TYPE_CHECKING:
@@ -56,9 +53,7 @@ COMMAND = click.Command(
 def run(argv: Sequence[str]) -> int:
     """Exit code: see the help."""
     o = options(COMMAND, argv)
-    standing = look([index.find(o["runs"], Path.cwd())]).runs[0]
-    if standing.status != "running":
-        raise RunError(f"run {standing.name} is {standing.status}: only a run that runs can be watched")
+    standing = running(o["runs"], "can be watched")
     watch = _Watch(standing)
     if o["as_json"] or o["once"] or not sys.stdout.isatty():
         answer = watch.wait(2)  # the first one knows no rates
@@ -123,17 +118,7 @@ class _Watch:
         self._called = now
         self._signals += 1
         self._renew(now)
-        standing = self._standing
-        if standing.job_id is not None:
-            from launcher.backends.slurm_records import query_environment
-            from launcher.backends.slurm_tools import ask
-
-            ask("scancel", "--batch", f"--signal={int(SIGNAL)}", standing.job_id, environ=query_environment(os.environ))
-            return
-        state = read_json(standing.folder / "state.json") or {}
-        if state.get("host") != socket.gethostname():
-            raise RunError(f"run {standing.name} was launched on {state.get('host')}: say launch top there")
-        send(state, SIGNAL)
+        call(self._standing, "launch top")
 
 
 def _live(standing: Standing, watch: _Watch) -> None:
