@@ -370,12 +370,12 @@ class Node:
         if self._asked_ns is None:
             self._asked_ns = time.monotonic_ns()
             for local in self._pids:
-                self._ask(local)
+                self._signal(local, signal.SIGTERM)
         deadline = time.monotonic() + grace_s
         self._kill_at = deadline if self._kill_at is None else min(self._kill_at, deadline)
 
-    def _ask(self, local: int) -> None:
-        self.zygote.send({"order": "signal", "key": str(local), "number": int(signal.SIGTERM)})
+    def _signal(self, local: int, number: int) -> None:
+        self.zygote.send({"order": "signal", "key": str(local), "number": int(number)})
 
     @property
     def drained(self) -> bool:
@@ -498,7 +498,7 @@ class Node:
             self._asked_for, self._collect_at = name, time.monotonic() + _STACKS_WITHIN_S
             for local in self._pids:
                 self._views[local].forget_stacks()
-                self.zygote.send({"order": "signal", "key": str(local), "number": int(SIGNAL)})
+                self._signal(local, SIGNAL)
 
     def _collect_stacks(self, name: str) -> None:
         """Whole into this node's file, and what tells the ranks apart to the supervisor."""
@@ -569,7 +569,7 @@ class Node:
             if "started" in report:
                 self._pids[int(report["started"])] = report["pid"]
                 if self._asked_ns is not None:
-                    self._ask(int(report["started"]))
+                    self._signal(int(report["started"]), signal.SIGTERM)
             elif "exited" in report:
                 self._reaped(int(report["exited"]), report)
             elif "swept" in report:

@@ -8,6 +8,7 @@ import errno
 import os
 import resource
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -20,6 +21,7 @@ __all__ = [
     "end_descendants",
     "kill_tree",
     "outlive_parent",
+    "reap",
     "schedule_of",
     "start_ticks",
     "threads_of",
@@ -51,6 +53,15 @@ def die_with_parent(parent: int, number: int = signal.SIGKILL) -> None:
 def outlive_parent() -> None:
     """Take `die_with_parent` back."""
     _prctl(_PR_SET_PDEATHSIG, 0)
+
+
+def reap(process: subprocess.Popen[bytes], timeout_s: float) -> int:
+    """The exit code of a process that is about to end; one that has not by then is killed."""
+    try:
+        return process.wait(timeout_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.wait()
 
 
 def allow_files(count: int) -> None:

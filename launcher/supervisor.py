@@ -26,7 +26,7 @@ from launcher.fleet import Remains, Roll
 from launcher.gang import Action, Gang, Outcome, Phase
 from launcher.logs import Relay
 from launcher.pace import Paces
-from launcher.processes import allow_files, end_descendants, kill_tree, start_ticks
+from launcher.processes import allow_files, end_descendants, kill_tree, reap, start_ticks
 from launcher.progress import Progress
 from launcher.scheduling import StopWatch
 from launcher.stacks import SIGNAL, Census
@@ -563,7 +563,7 @@ class Supervisor:
             given_up = agent.process if agent.given_up else None
             self._remains.lost(agent.index, agent.pid, agent.started, given_up=given_up)
         if self._roll is not None and agent.process is not None and agent.node is not None and not agent.given_up:
-            code = _end_of(agent.process)
+            code = reap(agent.process, 4.0)
             how = self._roll.fleet.why(agent.node, code)
             if agent.index is None:
                 self._roll.stayed_away(agent.node, code, hopeless=None if agent.hopeless is None else agent.why)
@@ -629,11 +629,7 @@ class Supervisor:
         self._dismiss(0)
         for agent in self._crew:
             self._crew.drop(agent)
-        try:
-            self._step.wait(timeout_s)
-        except subprocess.TimeoutExpired:
-            self._step.kill()  # one of its nodes no longer answers
-            self._step.wait()
+        reap(self._step, timeout_s)  # longer it would take if one of its nodes no longer answered
 
     def _started(self, world_size: int) -> None:
         gang = self.gang
@@ -700,20 +696,7 @@ class Supervisor:
         for agent in self._crew:
             self._crew.drop(agent)  # an agent without its supervisor stops its ranks and leaves
             if agent.process is not None:
-                try:
-                    agent.process.wait(4 if self._ran else 0.1)
-                except subprocess.TimeoutExpired:
-                    agent.process.kill()
-                    agent.process.wait()
+                reap(agent.process, 4 if self._ran else 0.1)
         if self._remains is not None:
             self._remains.close(_FENCED_WITHIN_S)
         end_descendants()
-
-
-def _end_of(process: subprocess.Popen[bytes], timeout_s: float = 4.0) -> int:
-    """The exit code of a process whose connection has ended; it is not waited for longer."""
-    try:
-        return process.wait(timeout_s)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        return process.wait()

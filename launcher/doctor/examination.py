@@ -13,7 +13,6 @@ import secrets
 import selectors
 import socket
 import statistics
-import subprocess
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -21,8 +20,10 @@ from typing import TYPE_CHECKING, Any
 from launcher.channel import Channel, address_towards, is_loopback, keep_alive
 from launcher.doctor import facts
 from launcher.errors import MeetingError
+from launcher.processes import reap
 
 if TYPE_CHECKING:
+    import subprocess
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
@@ -32,6 +33,7 @@ __all__ = ["Machine", "Place", "Report", "Ways", "examine", "pairings"]
 
 _JOIN_S = 90.0
 _ANSWER_S = 60.0
+_ENDS_WITHIN_S = 5.0  # a process whose connection has ended
 _CLOCK_ROUNDS = 5
 _REDUCE_S = 90.0
 _STARTS_AT_ONCE = 32
@@ -273,7 +275,7 @@ class _Ward:
             one.link.close()
         for process in [*(one.process for one in hands), self._all]:
             if process is not None:
-                _end(process)
+                reap(process, _ENDS_WITHIN_S)
         if self._listener is not None:
             self._listener.close()
         self._selector.close()
@@ -382,7 +384,7 @@ class _Ward:
         hands.link.close()
         if hands in self._coming:
             self._coming.remove(hands)
-        code = None if hands.process is None else _end(hands.process)
+        code = None if hands.process is None else reap(hands.process, _ENDS_WITHIN_S)
         if hands.number is None:
             return
         came = self._here.pop(hands.number, None) is not None
@@ -395,12 +397,3 @@ class _Ward:
         if why is None:
             why = "its connection was lost" if code is None else self._ways.why(hands.number, code)
         self._machines[hands.number].gone = why
-
-
-def _end(process: subprocess.Popen[bytes], timeout_s: float = 5.0) -> int:
-    """The exit code of a process whose connection has ended; it is not waited for longer."""
-    try:
-        return process.wait(timeout_s)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        return process.wait()
