@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from trainer.late import late
 
 if TYPE_CHECKING:
     from trainer.callbacks.accumulation import GradientAccumulationScheduler
@@ -82,13 +83,4 @@ __all__ = [
     "WeightAveraging",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'trainer.callbacks' has no attribute {name!r}")
-    value = globals()[name] = getattr(importlib.import_module(f"trainer.callbacks.{_HOME[name]}"), name)
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = late(__name__, _HOME)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from trainer.late import late
 
 if TYPE_CHECKING:
     from trainer.checkpoint.background import Saved
@@ -40,14 +41,4 @@ __all__ = [
     "save_file",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'trainer.checkpoint' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"trainer.checkpoint.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = late(__name__, _HOME)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from trainer.late import late
 
 if TYPE_CHECKING:
     from trainer.loggers.csv import CSVLogger
@@ -23,13 +24,4 @@ _HOME = {
 
 __all__ = ["CSVLogger", "Logger", "MLFlowLogger", "TensorBoardLogger", "WandbLogger"]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'trainer.loggers' has no attribute {name!r}")
-    value = globals()[name] = getattr(importlib.import_module(f"trainer.loggers.{_HOME[name]}"), name)
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = late(__name__, _HOME)
