@@ -9,10 +9,11 @@ from __future__ import annotations
 import ctypes
 import os
 import resource
-import runpy
 import signal
 import sys
 from pathlib import Path
+
+from examples_with import run
 
 import trainer as T
 
@@ -54,12 +55,4 @@ class Fault(T.Callback):
             die(ways[attempt])
 
 
-made = T.Trainer.__init__
-
-
-def with_fault(self: T.Trainer, *args: object, **kwargs: object) -> None:
-    made(self, *args, **(kwargs | {"callbacks": [*kwargs.get("callbacks", []), Fault()]}))
-
-
-T.Trainer.__init__ = with_fault
-runpy.run_path(str(Path(__file__).parent.parent.parent / "examples" / "digits.py"), run_name="__main__")
+run("digits.py", Fault())

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import runpy
 import signal
-from pathlib import Path
+
+from examples_with import run
 
 import trainer as T
 
@@ -18,12 +18,4 @@ class Fault(T.Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-made = T.Trainer.__init__
-
-
-def with_fault(self: T.Trainer, *args: object, **kwargs: object) -> None:
-    made(self, *args, **(kwargs | {"callbacks": [*kwargs.get("callbacks", []), Fault()]}))
-
-
-T.Trainer.__init__ = with_fault
-runpy.run_path(str(Path(__file__).parent.parent.parent / "examples" / "gpt.py"), run_name="__main__")
+run("gpt.py", Fault())
