@@ -27,7 +27,7 @@ class Attempt:
     status: running (or its end is not recorded), finished, stopped, failed, lost (its end is not recorded, and another
     one followed); code: what launch would exit with.
     lost_steps: steps that had to be, or will have to be, made again; None where the program does not tell its steps.
-    slow: of the ranks that held up the others and did not catch up again, what was said of each.
+    slow: of the ranks and nodes that held up the others and did not catch up again, what was said of each.
     """
 
     number: int
@@ -41,7 +41,7 @@ class Attempt:
     code: int | None = None
     progress: Progress | None = None
     lost_steps: int | None = None
-    slow: dict[int, str] = field(default_factory=dict)
+    slow: dict[str, str] = field(default_factory=dict)
 
     @property
     def ran_s(self) -> float | None:
@@ -143,8 +143,7 @@ def read(folder: Path) -> History:
             )
             ready = None
         elif what == "slow" and attempts and attempts[-1].number == number:
-            slow = {rank: told for rank, told in attempts[-1].slow.items() if rank != event["rank"]}
-            attempts[-1] = replace(attempts[-1], slow=slow if event["over"] else slow | {event["rank"]: event["told"]})
+            attempts[-1] = replace(attempts[-1], slow=_slow(attempts[-1].slow, event))
         elif what in ("attempt-failed", "attempt-left", "end") and attempts and attempts[-1].number == number:
             attempts[-1] = replace(
                 attempts[-1],
@@ -158,6 +157,15 @@ def read(folder: Path) -> History:
         elif what == "job-end" and len(attempts) > before:
             attempts[-1] = replace(attempts[-1], cause=_settled(attempts[-1].cause, event.get("cause")))
     return History(tuple(_with_losses(attempts)))
+
+
+def _slow(before: dict[str, str], event: dict[str, Any]) -> dict[str, str]:
+    """Who holds up the others after one more word; a node that does speaks for its ranks."""
+    node = event.get("node")
+    who = f"rank {event['rank']}" if node is None else f"node {node}"
+    covered = {who, *(f"rank {rank}" for rank in event.get("ranks", ()))}
+    left = {name: told for name, told in before.items() if name not in covered}
+    return left if event["over"] else left | {who: event["told"]}
 
 
 def cause_of(folder: Path, cause: str, attempt: int) -> str:

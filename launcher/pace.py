@@ -1,13 +1,14 @@
 """Pure: which ranks are slower than the others, by the time that each one's steps take without waiting for the others.
 
 Where gradients are exchanged, the steps of all ranks take as long as those of the slowest, because the others wait for
-it in the exchange. Of its own time (see progress.py) only the slow one needs more. Agents sum up what their ranks do:
-the supervisor gets one small message per node, and a rank only writes its page.
+it in the exchange. Of its own time (see progress.py) only the slow one needs more. The supervisor gets one small message
+per node, two numbers for each of its ranks, and a rank only writes its page.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+import statistics
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -18,9 +19,11 @@ if TYPE_CHECKING:
 __all__ = ["Meter", "Pace", "Paces", "Slow", "every_s", "summary"]
 
 _STEPS = 4  # the least that say anything
-_SLOWEST = 4  # of a node, in its message; of a run, named at a time
+_NAMED = 4  # at a time, unless a new one is worse than all of them
+_EXPLAINED = 4  # of a node: the slowest, told with what the kernel says of them
 _TIMES = 1.25  # so much more than half of the ranks need
 _SHARE = 0.05  # and so much of every step is lost by it
+_STILL = 0.5  # who is named already stays so down to this part of either excess: nobody comes and goes at the border
 _IN_A_ROW = 2  # looks, before it is named; and as many before it is said to be over
 
 
@@ -75,36 +78,54 @@ class Meter:
 
 
 def summary(paces: Iterable[Pace]) -> dict[str, Any]:
-    """A node's message: how many ranks, what half of them need, the slowest."""
-    found = sorted(paces, key=lambda p: p.own_s)
-    slowest = [asdict(p) for p in found[: -_SLOWEST - 1 : -1]]
-    return {"ranks": len(found), "median_s": found[(len(found) - 1) // 2].own_s, "slowest": slowest}
+    """A node's message: own_s and step_s of its ranks, and what the slowest did instead."""
+    found = list(paces)
+    slowest = sorted(found, key=lambda p: -p.own_s)[:_EXPLAINED]
+    return {
+        "ranks": [p.rank for p in found],
+        "own_s": [_short(p.own_s) for p in found],
+        "step_s": [_short(p.step_s) for p in found],
+        "shares": {str(p.rank): [p.on_cpu, p.for_cpu] for p in slowest},
+    }
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.4g}")
 
 
 @dataclass(frozen=True)
 class Slow:
-    """A rank that holds up the others. median_s: what half of the ranks need at most."""
+    """A rank that holds up the others; or a node, all of whose ranks do, with the pace of its middle one.
+
+    median_s: what half of all ranks need at most. node, ranks: of a node.
+    """
 
     pace: Pace
     host: str
     median_s: float
     over: bool = False
+    node: int | None = None
+    ranks: tuple[int, ...] = ()
 
     def __str__(self) -> str:
-        rank = f"rank {self.pace.rank} on {self.host}"
+        who = f"rank {self.pace.rank} on {self.host}" if self.node is None else f"node {self.node} ({self.host})"
         if self.over:
-            return f"{rank} keeps up again"
+            return f"{who} keeps up again"
         own, p = _seconds(self.pace.own_s), self.pace
-        text = (
-            f"{rank} is slow: each step needs {own} of its own, {p.own_s / max(self.median_s, 1e-9):.1f} times the "
-            f"{_seconds(self.median_s)} of the median; a step takes {_seconds(p.step_s)}"
-        )
+        many = f"{p.own_s / max(self.median_s, 1e-9):.1f} times the {_seconds(self.median_s)} of the median"
+        if self.node is not None:
+            return (
+                f"{who}: all its {len(self.ranks)} ranks are slow: half of them need {own} of their own or more for each "
+                f"step, {many}; a step takes {_seconds(p.step_s)}"
+            )
+        text = f"{who} is slow: each step needs {own} of its own, {many}; a step takes {_seconds(p.step_s)}"
         if p.on_cpu is None or p.for_cpu is None:
             return text
         return f"{text} (its main thread ran {p.on_cpu:.0%} of the time and waited for a processor {p.for_cpu:.0%})"
 
     def to_json(self) -> dict[str, Any]:
-        return {"rank": self.pace.rank, "host": self.host, "told": str(self), "over": self.over,
+        return {"rank": None if self.node is not None else self.pace.rank, "node": self.node, "ranks": list(self.ranks),
+                "host": self.host, "told": str(self), "over": self.over,
                 "own_s": self.pace.own_s, "median_s": self.median_s, "step_s": self.pace.step_s}  # fmt: skip
 
 
@@ -115,72 +136,98 @@ def _seconds(value: float) -> str:
 
 
 @dataclass
+class _Node:
+    """What it told last. fresh: since the last comparison."""
+
+    host: str
+    paces: dict[int, Pace]
+    fresh: bool = True
+
+
+# A rank by its number, a node, all of whose ranks are slow, by minus one.
+_ALL = -1
+_Key = tuple[int, int]
+
+
+@dataclass
 class Paces:
     """Of all nodes in one attempt."""
 
     attempt: int
     nodes: int
-    _told: dict[int, tuple[str, int, float]] = field(default_factory=dict)  # by node: host, ranks, median
-    _fresh: dict[int, list[Pace]] = field(default_factory=dict)  # by node, since the last comparison
+    _told: dict[int, _Node] = field(default_factory=dict)
     _due: float = 0.0
-    _slow: dict[tuple[int, int], int] = field(default_factory=dict)  # by node and rank: looks in a row, not named yet
-    _named: dict[tuple[int, int], int] = field(default_factory=dict)  # looks in a row in which it was not slow
+    _slow: dict[_Key, int] = field(default_factory=dict)  # by node and rank: looks in a row, not named yet
+    _named: dict[_Key, tuple[int, Slow]] = field(default_factory=dict)  # looks in a row in which it was not slow
 
     @property
     def slow(self) -> list[int]:
         """The ranks that hold up the others now."""
-        return sorted(rank for _, rank in self._named)
+        return sorted(rank for _, slow in self._named.values() for rank in slow.ranks or (slow.pace.rank,))
 
     def told(self, node: int, host: str, message: dict[str, Any], now: float) -> list[Slow]:
         """A node's message has come; who has turned out to be slow with it, and who no longer is."""
         if not self._due:
             self._due = now + every_s(self.nodes)
-        self._told[node] = host, message["ranks"], message["median_s"]
-        self._fresh[node] = [Pace(**p) for p in message["slowest"]]
+        rows = zip(message["ranks"], message["own_s"], message["step_s"], strict=True)
+        shares = message["shares"]
+        self._told[node] = _Node(host, {r: Pace(r, own, step, *shares.get(str(r), ())) for r, own, step in rows})
         return self._compare(now) if now >= self._due else []
-
-    def _median(self) -> float:
-        """The lower one, taking all ranks of a node for as fast as its median."""
-        found = sorted((median, ranks) for _, ranks, median in self._told.values())
-        half = (sum(ranks for _, ranks in found) + 1) // 2
-        for median, ranks in found:
-            half -= ranks
-            if half <= 0:
-                return median
-        return 0.0
 
     def _compare(self, now: float) -> list[Slow]:
         self._due = now + every_s(self.nodes)
-        median = self._median()
-        slow = sorted(
-            (
-                (p.own_s, node, p)
-                for node, paces in self._fresh.items()
-                for p in paces
-                if p.own_s > _TIMES * median and p.own_s - median > _SHARE * p.step_s
-            ),
-            key=lambda s: -s[0],
-        )
+        median = statistics.median_low(p.own_s for node in self._told.values() for p in node.paces.values())
         # Of nodes that have told nothing new, nothing new is known.
-        before = self._slow
-        self._slow = {key: looks for key, looks in before.items() if key[0] not in self._fresh}
-        found = []
-        now_slow = set()
-        for _, node, pace in slow[:_SLOWEST]:
-            key = node, pace.rank
-            now_slow.add(key)
-            if key in self._named:
-                self._named[key] = 0
-                continue
-            self._slow[key] = before.get(key, 0) + 1
-            if self._slow[key] >= _IN_A_ROW:
-                del self._slow[key]
-                self._named[key] = 0
-                found.append(Slow(pace, self._told[node][0], median))
-        for key in [k for k in self._named if k[0] in self._fresh and k not in now_slow]:
-            self._named[key] += 1
-            if self._named[key] >= _IN_A_ROW:
-                del self._named[key]
-                found.append(Slow(Pace(key[1], 0.0, 0.0), self._told[key[0]][0], median, over=True))
-        self._fresh = {}
+        fresh = {number: node for number, node in self._told.items() if node.fresh}
+        before, self._slow = self._slow, {key: n for key, n in self._slow.items() if key[0] not in fresh}
+        still: set[_Key] = set()
+        candidates: list[tuple[_Key, Slow]] = []
+        for number, node in fresh.items():
+            node.fresh = False
+            slow = [p for p in node.paces.values() if self._holds_up((number, p.rank), p, median)]
+            still.update((number, p.rank) for p in slow)
+            whole = 1 < len(slow) == len(node.paces)
+            if whole or ((number, _ALL) in self._named and 2 * len(slow) > len(node.paces)):
+                still.add((number, _ALL))
+                middle = sorted(slow, key=lambda p: p.own_s)[len(slow) // 2]
+                of_all = Slow(middle, node.host, median, node=number, ranks=tuple(sorted(node.paces)))
+                candidates.append(((number, _ALL), of_all))
+            else:
+                candidates += [((number, p.rank), Slow(p, node.host, median)) for p in slow]
+        found = self._over(fresh, still)
+        for key, slow_one in sorted(candidates, key=lambda c: -c[1].pace.own_s):
+            if key not in self._named:
+                self._slow[key] = before.get(key, 0) + 1
+                if self._slow[key] >= _IN_A_ROW and self._room_for(slow_one):
+                    found.append(self._name(key, slow_one))
         return found
+
+    def _holds_up(self, key: _Key, pace: Pace, median: float) -> bool:
+        part = _STILL if key in self._named or (key[0], _ALL) in self._named else 1.0
+        return (
+            pace.own_s > (1 + (_TIMES - 1) * part) * median and pace.own_s - median > _SHARE * part * pace.step_s
+        )  # fmt: skip
+
+    def _over(self, fresh: dict[int, _Node], still: set[_Key]) -> list[Slow]:
+        """Those that have kept up for some looks in a row."""
+        found = []
+        for key, (looks, slow) in list(self._named.items()):
+            if key in still:
+                self._named[key] = 0, slow
+            elif key[0] in fresh:
+                self._named[key] = looks + 1, slow
+                if looks + 1 >= _IN_A_ROW:
+                    del self._named[key]
+                    found.append(replace(slow, host=fresh[key[0]].host, over=True))
+        return found
+
+    def _room_for(self, slow: Slow) -> bool:
+        worst = max((named.pace.own_s for _, named in self._named.values()), default=0.0)
+        return slow.node is not None or len(self._named) < _NAMED or slow.pace.own_s > _TIMES * worst
+
+    def _name(self, key: _Key, slow: Slow) -> Slow:
+        del self._slow[key]
+        if slow.node is not None:  # which speaks for its ranks from here on
+            self._named = {k: named for k, named in self._named.items() if k[0] != slow.node}
+        self._named[key] = 0, slow
+        return slow

@@ -430,7 +430,7 @@ class Supervisor:
         elif not agent.joined or agent.index is None:
             raise ValueError("no hello")
         elif "beat" in message:
-            pass
+            self._ask_for_clock(agent)
         elif "store" in message:
             self._do(self.gang.store_ready(message["attempt"], message["store"]["addr"], message["store"]["port"]))
         elif "exited" in message:
@@ -458,7 +458,6 @@ class Supervisor:
             agent.clock.answered(message["clock"], message["ns"], time.monotonic_ns())
             self._ask_for_clock(agent)
         elif "pace" in message:
-            self._ask_for_clock(agent)
             self._compare(agent, message["pace"], message["attempt"])
         elif "drained" in message:
             if self._watch is not None:  # the ranks may have died of it

@@ -288,7 +288,7 @@ def bind_plain_batches(
                 batch = move(batch, 0)
             metrics.batch = batch
             if on_batch_start is not None and on_batch_start(batch, index) == -1:
-                return None
+                break
             output = step(batch, index)
             loss = output if type(output) is Tensor else _loss_of(run, output)
             zero_grad()
@@ -333,6 +333,8 @@ def bind_plain_batches(
                 # What else a dict holds need not live through the next forward. A plain loss may, as in a hand-written
                 # loop: to free its graph before the next one is made costs 1.5 us.
                 output = loss = None
+        if page is not None:
+            page.own_ns = own
         return None
 
     return train

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import re
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import pytest
 
+from launcher.history import read
 from launcher.pace import Meter, Pace, Paces, Slow, every_s, summary
 from launcher.progress import Beat
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def test_a_meter_tells_own_time_of_steps() -> None:
@@ -31,10 +38,12 @@ def node(*own: float, first: int = 0, step: float = 1.0) -> dict[str, object]:
     return summary(Pace(first + i, s, step) for i, s in enumerate(own))
 
 
-def test_a_nodes_message_does_not_grow_with_its_ranks() -> None:
-    message = node(*(0.001 * i for i in range(192)))
-    assert (message["ranks"], message["median_s"]) == (192, 0.095)
-    assert [p["rank"] for p in message["slowest"]] == [191, 190, 189, 188]
+def test_a_nodes_message_is_two_numbers_a_rank() -> None:
+    message = summary([*(Pace(i, 0.1 + i / 3e6, 1 / 3) for i in range(192)), Pace(192, 0.2, 1.0, 0.5, 0.4)])
+    assert len(json.dumps(message)) < 192 * 32
+    assert (message["ranks"][7], message["own_s"][7], message["step_s"][7]) == (7, 0.1, 0.3333)
+    assert list(message["shares"]) == ["192", "191", "190", "189"]
+    assert message["shares"]["192"] == [0.5, 0.4]
 
 
 def hear(paces: Paces, now: float, *messages: dict[str, object]) -> list[Slow]:
@@ -88,6 +97,79 @@ def test_a_node_that_tells_rarely_is_not_forgotten() -> None:
         if now % 18 == 0:
             found += paces.told(1, "b", node(0.6, first=2), now + 0.1)
     assert [s.pace.rank for s in found] == [2]
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_many_slow_ranks_do_not_take_turns(whole: bool) -> None:
+    """Which of them are the slowest is another one at every look."""
+    paces = Paces(0, 2)
+    other = 0.2 if whole else 0.1  # else one rank of the node is as fast as the others
+    found = []
+    for look in range(12):
+        ill = [0.2 + 0.01 * ((i * 5 + look * 3) % 7) for i in range(7)]
+        found += hear(paces, 6.0 * look, node(*[0.1] * 16), node(*ill, other, first=16))
+    assert [s.over for s in found] == [False] * len(found)
+    if whole:
+        (slow,) = found
+        assert str(slow) == (
+            "node 1 (host1): all its 8 ranks are slow: half of them need 230 ms of their own or more for each step, "
+            "2.3 times the 100 ms of the median; a step takes 1.0 s"
+        )
+        assert paces.slow == list(range(16, 24))
+    else:
+        assert len(found) == 4
+        assert set(paces.slow) == {s.pace.rank for s in found} <= set(range(16, 23))
+
+
+def test_a_slow_node_speaks_for_its_ranks_until_it_keeps_up_again() -> None:
+    paces = Paces(0, 2)
+    well, one = node(0.1, 0.1, 0.1), node(0.3, 0.1, 0.1, first=3)
+    both, most = node(0.3, 0.3, 0.3, first=3), node(0.3, 0.3, 0.1, first=3)
+    told = []
+    for look, second in enumerate([one] * 3 + [both] * 3 + [most] * 3 + [one] * 3 + [node(0.1, 0.1, 0.1, first=3)] * 3):
+        told += [str(slow).partition(":")[0] for slow in hear(paces, 6.0 * look, well, second)]
+    assert [text.partition(" is slow")[0] for text in told] == [
+        "rank 3 on host1",
+        "node 1 (host1)",
+        "node 1 (host1) keeps up again",
+        "rank 3 on host1",
+        "rank 3 on host1 keeps up again",
+    ]
+
+
+def test_who_is_at_the_border_does_not_come_and_go() -> None:
+    paces = Paces(0, 1)
+    own = [0.2, 0.26, 0.26, *[0.24, 0.24, 0.26, 0.26] * 4]
+    assert len([s for look, o in enumerate(own) for s in paces.told(0, "a", node(0.2, 0.2, o), 6.0 * look)]) == 1
+
+
+def test_one_far_worse_than_those_named_is_named_too() -> None:
+    paces = Paces(0, 1)
+    ill = [0.2] * 6
+    for look in range(3):
+        paces.told(0, "a", node(*[0.1] * 9, *ill), 6.0 * look)
+    assert len(paces.slow) == 4
+    found = [s for look in range(3, 6) for s in paces.told(0, "a", node(*[0.1] * 9, *ill, 0.9), 6.0 * look)]
+    assert [s.pace.rank for s in found] == [15]
+
+
+def test_history_knows_who_is_slow_still(tmp_path: Path) -> None:
+    """A node's word takes the place of its ranks'."""
+    slow = [
+        Slow(Pace(3, 0.3, 1.0), "b", 0.1),
+        Slow(Pace(0, 0.3, 1.0), "a", 0.1),
+        Slow(Pace(4, 0.3, 1.0), "b", 0.1, node=1, ranks=(3, 4)),
+    ]
+    events = [{"event": "attempt", "attempt": 0, "hosts": ["a", "b"], "world_size": 5, "time": 1.0}]
+    events += [{"event": "slow", "attempt": 0, "time": 2.0, **s.to_json()} for s in slow]
+    (tmp_path / "events.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events))
+    assert read(tmp_path).attempts[0].slow == {"rank 0": str(slow[1]), "node 1": str(slow[2])}
+    with open(tmp_path / "events.jsonl", "a") as file:
+        for one in slow[1:]:
+            file.write(
+                json.dumps({"event": "slow", "attempt": 0, "time": 3.0, **replace(one, over=True).to_json()}) + "\n"
+            )
+    assert read(tmp_path).attempts[0].slow == {}
 
 
 def test_many_nodes_tell_less_often() -> None:

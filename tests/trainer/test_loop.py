@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import struct
 
 import pytest
 import torch
@@ -44,6 +46,21 @@ def test_fit_trains_validates_and_counts(boring, data, quiet):
     assert trainer.state.finished
     assert trainer.num_training_batches == 8
     assert trainer.num_val_batches == [2]
+
+
+def test_own_time_counts_on_where_an_epoch_was_left_early(boring, data, quiet, tmp_path, monkeypatch):
+    monkeypatch.setenv("LAUNCH_PROGRESS", str(tmp_path / "page"))
+    own_ns = []
+
+    class Impatient(boring):
+        def on_train_batch_start(self, batch, batch_idx):
+            own_ns.append(struct.unpack_from("<Q", (tmp_path / "page").read_bytes(), 32)[0])
+            return -1 if batch_idx == 2 else None
+
+    quiet(max_epochs=3).fit(Impatient(), data())
+    assert own_ns[0] == 0
+    assert [b > a for a, b in itertools.pairwise(own_ns)] == [True, True, False] * 2 + [True, True]
+    assert own_ns == sorted(own_ns)
 
 
 @pytest.mark.parametrize(
