@@ -4,7 +4,7 @@
 
 The supervisor is the real one, in a process of its own. The agents are light ones: each is a connection over TCP that
 says and hears what a real agent's does (hello, store, sign of life every second, exited, drained), many in one process
-and with no ranks. Processor time is that of the supervisor's process alone (/proc/PID/schedstat, nanoseconds).
+and with no ranks. Processor time is that of the supervisor's process alone (/proc/PID/task/*/schedstat, nanoseconds).
 
 meet      connections to the first attempt's ranks told to start, per agent
 beat      one second of a run in which nothing happens, per agent
@@ -123,7 +123,8 @@ class Crowd:
 
 
 def processor_s(pid: int) -> float:
-    return int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) / 1e9
+    # The process's own file is that of its first thread.
+    return sum(int(path.read_text().split()[0]) for path in Path(f"/proc/{pid}/task").glob("*/schedstat")) / 1e9
 
 
 def memory_kb(pid: int) -> int:

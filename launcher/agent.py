@@ -53,8 +53,8 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 _PROGRESS_EVERY_S = 5.0  # rank 0's node tells the supervisor, if anything has changed
-# The supervisor says every second that it is there. One that does not stands still, or the way to it is cut; in a job
-# it may only be asking a scheduler, or writing to a file system, that takes its time. (A cut way shows in the kernel.)
+# The supervisor says every second that it is there. One that does not stands still, or the way to it is cut, which over
+# TCP shows in the kernel: what is left there is a process that was stopped, and that somebody may yet let go on.
 _SILENT_S = {"fd": None, "stdio": 10.0, "tcp": 120.0}
 _STACKS_WITHIN_S = 1.0  # a rank that can write its stacks at all does so in milliseconds
 _ABORT_GRACE_S = 1.0  # after a failure nothing can be saved any more

@@ -7,6 +7,7 @@ with a frame. Nothing is ever unpickled, so a stranger on the port can at worst 
 from __future__ import annotations
 
 import array
+import contextlib
 import errno
 import ipaddress
 import json
@@ -24,6 +25,11 @@ _MAX_FRAME = 64 << 20
 _MAX_FDS = 64
 # What keep-alive ends a connection with, where a process that dies closes it.
 _SILENCE = (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.EHOSTDOWN, errno.ENETUNREACH)
+
+
+def _frame(message: Message) -> bytes:
+    body = json.dumps(message, separators=(",", ":")).encode()
+    return _LENGTH.pack(len(body)) + body
 
 
 class Link:
@@ -57,9 +63,9 @@ class Link:
         raise NotImplementedError
 
     def send(self, message: Message, fds: tuple[int, ...] = ()) -> None:
-        body = json.dumps(message | {"fds": len(fds)} if fds else message, separators=(",", ":")).encode()
+        frame = _frame(message | {"fds": len(fds)} if fds else message)
         with self._sending:
-            self._write(memoryview(_LENGTH.pack(len(body)) + body), fds)
+            self._write(memoryview(frame), fds)
 
     def receive(self) -> list[Message]:
         """All complete messages that have arrived; a message sent with descriptors holds them as `fds`."""
@@ -115,6 +121,7 @@ class Channel(Link):
     def __init__(self, sock: socket.socket) -> None:
         super().__init__()
         self.sock = sock
+        self._rest = b""  # of a frame that `offer` could send a part of
 
     def fileno(self) -> int:
         return self.sock.fileno()
@@ -123,7 +130,23 @@ class Channel(Link):
     def local_address(self) -> str | None:
         return None if self.sock.family == socket.AF_UNIX else str(self.sock.getsockname()[0])
 
+    def offer(self, message: Message) -> None:
+        """Send without waiting, or not at all: where another thread sends just now, or the other end has so much to
+        read that there is no room. Raises `OSError` when the other end is gone.
+        """
+        if not self._sending.acquire(blocking=False):
+            return
+        try:
+            frame = self._rest or _frame(message)
+            with contextlib.suppress(BlockingIOError):
+                self._rest = frame[self.sock.send(frame, socket.MSG_DONTWAIT) :]
+        finally:
+            self._sending.release()
+
     def _write(self, frame: memoryview, fds: tuple[int, ...]) -> None:
+        if self._rest:
+            self.sock.sendall(self._rest)
+            self._rest = b""
         if fds:
             sent = self.sock.sendmsg([frame], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))])
             frame = frame[sent:]
@@ -143,8 +166,9 @@ class Channel(Link):
         return data
 
     def close(self) -> None:
-        super().close()
-        self.sock.close()
+        with self._sending:  # else the number of the socket could be another file's when a thread comes to send
+            super().close()
+            self.sock.close()
 
 
 class PipeChannel(Link):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from launcher.channel import Channel, keep_alive
 from launcher.clocks import Offset
-from launcher.pulse import BEAT_S, Pulse
+from launcher.pulse import Presence, Pulse
 from launcher.starting import spawn_agent
 
 if TYPE_CHECKING:
@@ -51,13 +51,13 @@ class Crew:
     ) -> None:
         self.environment = {k: v for k, v in os.environ.items() if not k.startswith("PET_")}
         self.pulse = Pulse(time.monotonic())
+        self.presence = Presence()
         self._selector = selector
         self._cwd = cwd
         self._own_session = own_session
         self._fleet = fleet
         self._agents: list[Agent] = []
         self._of: dict[int, Agent] = {}  # by node
-        self._beat_at = 0.0
 
     def __iter__(self) -> Iterator[Agent]:
         return iter(tuple(self._agents))
@@ -94,6 +94,9 @@ class Crew:
         """It is the agent of this node from here on."""
         agent.index, agent.joined, agent.host, agent.pid, agent.started = index, True, host, pid, started
         self._of[index] = agent
+        # Those that were started here see by the end of the connection that we are gone.
+        if agent.process is None or self._fleet is not None:
+            self.presence.add(agent.link)
 
     def receive(self, agent: Agent) -> list[Message]:
         """What it has said; all of it is a sign of life."""
@@ -111,21 +114,11 @@ class Crew:
         if (agent := self._of.get(node)) is not None:
             self.tell(agent, message)
 
-    def beat(self) -> None:
-        """Say to all, if it is time to, that we are here."""
-        now = time.monotonic()
-        if now >= self._beat_at:
-            self._beat_at = now + BEAT_S
-            for agent in self._agents:
-                # Those that were started here see by the end of the connection that we are gone. And until such an
-                # agent has its modules it reads nothing: what it does not read would fill the socket and hold us up.
-                if agent.joined and (agent.process is None or self._fleet is not None):
-                    self.tell(agent, {"here": True})
-
     def drop(self, agent: Agent) -> None:
         """End the connection; its process, if it is ours, is the caller's to end."""
         with contextlib.suppress(KeyError, ValueError):
             self._selector.unregister(agent.link)
+        self.presence.discard(agent.link)
         agent.link.close()
         self._agents.remove(agent)
         if agent.index is not None and self._of.get(agent.index) is agent:

@@ -1,28 +1,30 @@
 """Signs of life between the supervisor and its agents: who says every second that it is there, and who no longer does.
 
 The kernel tells of a process that died and of a host that no longer answers, but not of one that stands still: its
-connections live on. An agent's sign comes from a thread of its own, so that nothing the agent waits for (a slow file
-system, a long message) stops it. No rank sends any.
+connections live on. Signs come from threads of their own, so that nothing that a process waits for (a slow file system,
+a scheduler, a long message) stops them. No rank sends any.
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from launcher.channel import Link
+    from launcher.channel import Channel, Link
 
-__all__ = ["BEAT_S", "Beating", "Pulse"]
+__all__ = ["Beating", "Presence", "Pulse"]
 
-BEAT_S = 1.0
+_BEAT_S = 1.0
 # Beside 8 busy processes on 2 cores, at a load of 19, and with a busy main thread of its own, signs came at worst
 # 1.45 s apart in 100 s (benchmarks/liveness.py). After 2 s it is noted, after 4 the agent is given up: a node that
 # stands still is known within 5, and one that only has too much to do has twice the time that was ever seen.
 _LATE_S = 2.0
 _SILENT_S = 4.0
 _LOOK_S = 0.25
+_HELD_S = 600.0
 
 
 class Pulse:
@@ -88,4 +90,53 @@ class Beating:
                 self._link.send({"beat": True})
             except OSError:
                 return  # the event loop finds out
-            time.sleep(BEAT_S)
+            time.sleep(_BEAT_S)
+
+
+class Presence:
+    """Says over all links every second that the supervisor is there, from a thread.
+
+    What holds its loop up (a file system, a scheduler that gives no answer) is borne for 10 minutes, as long as a
+    controller of Slurm's may be away. Nobody would hear of a loop that stands still for ever; after that time it counts
+    as one that is gone.
+    """
+
+    def __init__(self) -> None:
+        self._links: set[Channel] = set()
+        self._changing = threading.Lock()
+        self._turned = time.monotonic()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._speak, name="presence", daemon=True)
+
+    def begin(self) -> None:
+        self._thread.start()
+
+    def add(self, link: Channel) -> None:
+        with self._changing:
+            self._links.add(link)
+
+    def discard(self, link: Channel) -> None:
+        with self._changing:
+            self._links.discard(link)
+
+    def turned(self, now: float) -> None:
+        """The loop is at work."""
+        self._turned = now
+
+    def say(self, now: float) -> None:
+        """Say so to all, if the loop has turned in time; nobody is waited for."""
+        if now - self._turned > _HELD_S:
+            return
+        with self._changing:
+            links = tuple(self._links)
+        for link in links:
+            with contextlib.suppress(OSError):  # the loop finds out
+                link.offer({"here": True})
+
+    def end(self) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _speak(self) -> None:
+        while not self._over.wait(_BEAT_S):
+            self.say(time.monotonic())

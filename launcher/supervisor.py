@@ -147,6 +147,7 @@ class Supervisor:
         if self._listener is not None:
             self._listener.setblocking(False)
             self._selector.register(self._listener, selectors.EVENT_READ, "listener")
+        self._crew.presence.begin()
         try:
             self.run.set_state(
                 status="running",
@@ -170,6 +171,7 @@ class Supervisor:
             return self.gang.outcome
         finally:
             self._put_down()
+            self._crew.presence.end()
             if self._audience.due is not None:
                 self._audience.close()
             self._relay.close()
@@ -202,6 +204,7 @@ class Supervisor:
             self._signals.append(number)
 
     def _turn(self) -> None:
+        self._crew.presence.turned(time.monotonic())
         for key, _ in self._selector.select(self._until_next()):
             if key.data == "wake":
                 with contextlib.suppress(BlockingIOError):
@@ -401,8 +404,7 @@ class Supervisor:
             roll.check(self.gang.missing)
 
     def _feel_pulse(self) -> None:
-        """Say to everybody that we are here, and look who no longer says so."""
-        self._crew.beat()
+        """Look who no longer says that it is there."""
         late, silent = self._crew.pulse.look(time.monotonic())
         for node, seconds in late.items():
             self.run.event("late", node=node, host=self._host_of[node], seconds=round(seconds, 2))

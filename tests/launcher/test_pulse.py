@@ -3,10 +3,24 @@
 from __future__ import annotations
 
 import os
+import select
+import socket
+import subprocess
+import sys
 import threading
+import time
+from typing import TYPE_CHECKING
 
-from launcher.channel import PipeChannel, pair
-from launcher.pulse import Beating, Pulse
+import pytest
+
+from launcher.channel import Channel, PipeChannel, pair
+from launcher.pulse import Beating, Presence, Pulse
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+HERE = {"here": True}
 
 
 def looks(pulse: Pulse, begin: float, end: float) -> tuple[dict[int, float], dict[int, float]]:
@@ -80,3 +94,83 @@ def test_a_broken_way_ends_the_signs_and_nothing_else() -> None:
             assert not thread.is_alive()
     link.close()
     os.close(keep)
+
+
+def test_a_loop_that_is_held_up_is_there_and_one_that_stands_still_is_not() -> None:
+    ours, theirs = pair()
+    presence = Presence()
+    presence.add(ours)
+    presence.turned(100.0)
+    presence.say(101.0)
+    presence.say(700.0)
+    presence.say(700.5)
+    assert theirs.receive() == [HERE, HERE]
+    presence.turned(800.0)
+    presence.say(801.0)
+    presence.discard(ours)
+    presence.say(802.0)
+    assert theirs.receive() == [HERE]
+    ours.close()
+    theirs.close()
+
+
+def test_who_does_not_read_holds_nobody_up_and_gets_every_message_whole() -> None:
+    ours, theirs = pair()
+    big = {"text": "x" * 1_000_000}
+    ours.offer(big)  # more than there is room for: it is cut in two
+    for _ in range(3):
+        ours.offer(HERE)
+    last = threading.Thread(target=lambda: (ours.send({"last": 1}), ours.close()))
+    last.start()
+    found: list[dict] = []
+    while not theirs.closed:
+        found += theirs.receive()
+    last.join()
+    assert found == [big, {"last": 1}]
+    theirs.close()
+
+
+SUPERVISOR = """
+import pathlib, socket, sys
+from launcher.runs import RunFolder
+from launcher.spec import LaunchSpec, Program
+from launcher.supervisor import Supervisor
+
+spec = LaunchSpec(Program("module", "json"), "/", nodes=1, procs=1, preload=("json",))
+listener = socket.create_server(("127.0.0.1", 0))
+print(listener.getsockname()[1], flush=True)
+with RunFolder.open(pathlib.Path(sys.argv[1]), spec) as run:
+    Supervisor(run, local=(), say=print, listener=listener, token="t").work()
+"""
+
+
+@pytest.mark.slow
+def test_a_supervisor_that_a_file_system_holds_up_goes_on_saying_that_it_is_there(tmp_path: Path) -> None:
+    """Its record of events is a pipe that nobody reads: opening it takes as long as we like."""
+    folder = tmp_path / "run"
+    with subprocess.Popen([sys.executable, "-c", SUPERVISOR, folder], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        link = Channel(socket.create_connection(("127.0.0.1", int(process.stdout.readline()))))
+        link.send({"hello": {"token": "t", "host": "far", "pid": process.pid, "started": 1, "now_ns": 1,
+                             "node_rank": 0, "procs": 1, "address": "127.0.0.1"}})  # fmt: skip
+        told: list[dict] = []
+
+        def until(done: Callable[[], bool]) -> None:
+            deadline = time.monotonic() + 60
+            while not done():
+                assert time.monotonic() < deadline, told
+                assert not link.closed
+                select.select([link], [], [], 1)
+                told.extend(link.receive())
+
+        until(lambda: any("host" in m for m in told))
+        (folder / "events.jsonl").unlink(missing_ok=True)
+        os.mkfifo(folder / "events.jsonl")
+        link.send({"store": {"addr": "127.0.0.1", "port": 9}, "attempt": 0})
+        told.clear()
+        until(lambda: told.count(HERE) == 3)
+        assert not any("world" in m for m in told)
+        with open(folder / "events.jsonl"):
+            until(lambda: any("world" in m for m in told))
+            link.close()
+            process.kill()
