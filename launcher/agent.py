@@ -28,6 +28,7 @@ from launcher.errors import LaunchError, UsageError
 from launcher.failure import RankExit, exception_in, read_error_file, signal_name
 from launcher.hangs import EVERY_S
 from launcher.logs import Console, Forwarded, RankLog, prefix_for
+from launcher.native import Search
 from launcher.nvml import GpuWatch, of_rank
 from launcher.pace import every_s, summary
 from launcher.processes import (
@@ -40,7 +41,7 @@ from launcher.processes import (
 )
 from launcher.pulse import Beating
 from launcher.spec import LaunchSpec, keeps_terminal
-from launcher.stacks import SIGNAL, merged
+from launcher.stacks import SIGNAL
 from launcher.topology import Place, World, places, rank_environment
 from launcher.vitals import gathered
 from launcher.watching import RankView
@@ -252,6 +253,7 @@ class Node:
         self._gpus = GpuWatch()
         self._asked_for: str | None = None  # stacks, under this name
         self._collect_at = 0.0
+        self._search: Search | None = None  # for where they are below Python
         self._places: dict[int, Place] = {}
         self._world: World | None = None
         self._asked_ns: int | None = None
@@ -342,6 +344,7 @@ class Node:
             "stdin": spec.procs == 1 and spec.places == 1,
             "fork": bool(spec.preload),
             "stacks": view.stacks,
+            "tracer": os.getpid(),
         }
         self.zygote.send(order, ends)
         for end in ends:
@@ -417,6 +420,8 @@ class Node:
             self._tell_pace()
         if self._asked_for is not None and time.monotonic() >= self._collect_at:
             self._collect_stacks(self._asked_for)
+        if self._search is not None and self._search.over:
+            self._tell_stacks(self._search)
         if self._silent_s is not None and not self.link.closed and time.monotonic() - self._heard > self._silent_s:
             self.link.closed = self.link.unreachable = True
             self._hear_supervisor()
@@ -501,17 +506,22 @@ class Node:
                 self._signal(local, SIGNAL)
 
     def _collect_stacks(self, name: str) -> None:
-        """Whole into this node's file, and what tells the ranks apart to the supervisor."""
+        """What the ranks have written; where they are below Python is looked for beside everything else."""
         self._asked_for = None
         groups = [self._views[local].place(pid) for local, pid in sorted(self._pids.items())]
-        if groups:
-            folder = self.run_dir / "stacks" / name
+        pids = {self._views[local].rank: pid for local, pid in self._pids.items()}
+        self._search = Search(name, self._places[0].node if groups else -1, groups, pids)
+        self._search.start(lambda: self._wake(b"\0"))
+
+    def _tell_stacks(self, search: Search) -> None:
+        """Whole into this node's file, and what tells the ranks apart to the supervisor."""
+        self._search = None
+        if search.groups:
+            folder = self.run_dir / "stacks" / search.name
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            node = self._places[0].node
-            whole = "".join(f"rank {g.ranks[0]} on {self.host}: {g.where}\n{g.sample}\n" for g in groups)
-            (folder / f"node-{node}.txt").write_text(whole)
+            (folder / f"node-{search.node}.txt").write_text(search.whole(self.host))
         stalled = any(self._views[local].stalled() is not None for local in self._pids)
-        self._report({"stacks": name, "groups": [g.to_json() for g in merged(groups)], "still": stalled})
+        self._report({"stacks": search.name, "still": stalled, **search.told()})
 
     def _report(self, message: Message) -> None:
         if not self.link.closed:  # without a supervisor the ranks are still brought to their end

@@ -1,8 +1,8 @@
 """Pure: which ranks are slower than the others, by the time that each one's steps take without waiting for the others.
 
 Where gradients are exchanged, the steps of all ranks take as long as those of the slowest, because the others wait for
-it in the exchange. Of its own time (see progress.py) only the slow one needs more. The supervisor gets one small message
-per node, two numbers for each of its ranks, and a rank only writes its page.
+it in the exchange. Of its own time (see progress.py) only the slow one needs more. The supervisor gets one message per
+node, two numbers for each of its ranks, and a rank only writes its page.
 """
 
 from __future__ import annotations
@@ -115,8 +115,8 @@ class Slow:
         many = f"{p.own_s / max(self.median_s, 1e-9):.1f} times the {_seconds(self.median_s)} of the median"
         if self.node is not None:
             return (
-                f"{who}: all its {len(self.ranks)} ranks are slow: half of them need {own} of their own or more for each "
-                f"step, {many}; a step takes {_seconds(p.step_s)}"
+                f"{who}: all its {len(self.ranks)} ranks are slow: half of them need {own} of their own or more for "
+                f"each step, {many}; a step takes {_seconds(p.step_s)}"
             )
         text = f"{who} is slow: each step needs {own} of its own, {many}; a step takes {_seconds(p.step_s)}"
         if p.on_cpu is None or p.for_cpu is None:

@@ -25,10 +25,12 @@ __all__ = [
     "schedule_of",
     "start_ticks",
     "threads_of",
+    "traced_by",
 ]
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
+_PR_SET_PTRACER = 0x59616D61
 
 
 def _prctl(option: int, argument: int) -> None:
@@ -53,6 +55,12 @@ def die_with_parent(parent: int, number: int = signal.SIGKILL) -> None:
 def outlive_parent() -> None:
     """Take `die_with_parent` back."""
     _prctl(_PR_SET_PDEATHSIG, 0)
+
+
+def traced_by(pid: int) -> None:
+    """Let a process and those below it look into this one, where else only a process above it may (Yama)."""
+    with contextlib.suppress(OSError):  # a kernel without Yama: whoever has the same user may
+        _prctl(_PR_SET_PTRACER, pid)
 
 
 def reap(process: subprocess.Popen[bytes], timeout_s: float) -> int:

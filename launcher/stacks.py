@@ -21,8 +21,8 @@ __all__ = ["SIGNAL", "Census", "Group", "kernels_word", "merged", "numbers", "wh
 # The kernel has 64 signals; libraries leave those at the upper end alone.
 SIGNAL = signal.SIGRTMAX - 3
 
-# An agent answers after a second; one on a host that is lost never does.
-_ANSWER_S = 5.0
+# An agent answers after a second, and ten at most if py-spy has much to read; one on a host that is lost never does.
+_ANSWER_S = 15.0
 
 _FRAME = re.compile(r'^  File "(?P<file>[^"]*)", line (?P<line>\d+) in (?P<function>.*)$', re.MULTILINE)
 # The thread that got the signal, which is the main one, is called the current one.
@@ -34,21 +34,45 @@ _SLEEPS = {
     "D": "in an uninterruptible sleep",
     "Z": "a zombie",
 }
+_GONE = "gone"
+_NATIVES = 4  # places below Python that are told of a group
 
 
 @dataclass(frozen=True)
 class Group:
-    """Ranks that are at the same place. where: in one line; sample: the whole of one of them."""
+    """Ranks that are at the same place. where: in one line; sample: the whole of one of them; natives: where some of
+    them are below Python, as far as that was looked at.
+    """
 
     where: str
     ranks: tuple[int, ...]
     sample: str
+    natives: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
     def __str__(self) -> str:
-        return f"rank{'s' if len(self.ranks) > 1 else ''} {numbers(self.ranks)} {self.where}"
+        return f"rank{'s' if len(self.ranks) > 1 else ''} {numbers(self.ranks)} {self.where}{self.below}"
+
+    @property
+    def below(self) -> str:
+        """The places below Python, in brackets."""
+        if not self.natives:
+            return ""
+        alone = len(self.natives) == 1
+        told = [place if alone else f"{place}: rank {numbers(ranks)}" for place, ranks in self.natives]
+        return f" (native: {'; '.join(told)})"
+
+    @property
+    def stands_still(self) -> bool:
+        """By the kernel's word, which stands where its own would: nothing more can be learned of it."""
+        return self.where == _GONE or any(self.where.startswith(word) for word in _SLEEPS.values())
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+    @classmethod
+    def from_json(cls, told: dict[str, Any]) -> Group:
+        natives = tuple((place, tuple(ranks)) for place, ranks in told["natives"])
+        return cls(told["where"], tuple(told["ranks"]), told["sample"], natives)
 
 
 def where(text: str) -> str:
@@ -78,7 +102,7 @@ def kernels_word(pid: int) -> str:
         with open(f"/proc/{pid}/wchan") as file:
             channel = file.read().strip("0\n")
     except OSError:
-        return "gone"
+        return _GONE
     said = _SLEEPS.get(state, "not answering")
     return f"{said}{f' ({channel})' if channel else ''}"
 
@@ -88,8 +112,17 @@ def merged(groups: Iterable[Group]) -> list[Group]:
     found: dict[str, Group] = {}
     for group in groups:
         before = found.get(group.where)
-        ranks = (*before.ranks, *group.ranks) if before else group.ranks
-        found[group.where] = Group(group.where, tuple(sorted(ranks)), before.sample if before else group.sample)
+        if before is None:
+            found[group.where] = group
+            continue
+        natives = dict(before.natives)
+        for place, ranks in group.natives:
+            natives[place] = tuple(sorted({*natives.get(place, ()), *ranks}))
+        # What py-spy wrote says more than what the rank wrote itself.
+        sample = group.sample if group.natives and not before.natives else before.sample
+        found[group.where] = Group(
+            group.where, tuple(sorted((*before.ranks, *group.ranks))), sample, tuple(natives.items())[:_NATIVES]
+        )
     return sorted(found.values(), key=lambda g: (len(g.ranks), g.ranks))
 
 
@@ -105,13 +138,16 @@ class Census:
     by: float = field(default_factory=lambda: time.monotonic() + _ANSWER_S)
     _stalled: bool = False
     _groups: list[Group] = field(default_factory=list)
+    _lacking: dict[str, list[int]] = field(default_factory=dict)  # nodes that tell nothing below Python, by the reason
 
-    def answered(self, name: str, node: int, groups: list[dict[str, Any]], stalled: bool) -> bool:
+    def answered(self, name: str, node: int, groups: list[dict[str, Any]], stalled: bool, lacking: str = "") -> bool:
         """A node's groups have come; returns whether they were the last. stalled: a rank there still gets nowhere."""
         if name == self.name and node in self.awaited:
             self.awaited.discard(node)
             self._stalled |= stalled
-            self._groups = merged([*self._groups, *(Group(g["where"], tuple(g["ranks"]), g["sample"]) for g in groups)])
+            self._groups = merged([*self._groups, *map(Group.from_json, groups)])
+            if lacking:
+                self._lacking.setdefault(lacking, []).append(node)
         return not self.awaited
 
     @property
@@ -126,7 +162,7 @@ class Census:
 
     def to_json(self) -> dict[str, Any]:
         return {"time": time.time(), "hang": self.hang, "silent_nodes": sorted(self.awaited),
-                "groups": [g.to_json() for g in self._groups]}  # fmt: skip
+                "groups": [g.to_json() for g in self._groups], "lacking": self._lacking}  # fmt: skip
 
 
 def numbers(ranks: Iterable[int]) -> str:

@@ -446,7 +446,7 @@ class Supervisor:
         elif "stalled" in message:
             self._stalled(**message["stalled"])
         elif "stacks" in message:
-            answer = message["stacks"], agent.index, message["groups"], message["still"]
+            answer = message["stacks"], agent.index, message["groups"], message["still"], message["lacking"]
             if self._census is not None and self._census.answered(*answer):
                 self._end_census(self._census)
         elif "console" in message:

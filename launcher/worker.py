@@ -32,7 +32,7 @@ import types
 from pathlib import Path
 from typing import Any, NoReturn
 
-from launcher.processes import die_with_parent
+from launcher.processes import die_with_parent, traced_by
 from launcher.stacks import SIGNAL
 
 __all__ = ["run"]
@@ -43,10 +43,11 @@ def run(order: dict[str, Any]) -> None:
 
     The order holds: program (kind, target, args), python (interpreter), env, cwd, entry (what the interpreter would put
     first on sys.path), path (folders behind it, before all others), stacks (file for its stacks), fds (stdout, stderr;
-    none: keep), terminal (stay in the terminal's session), parent (pid of the zygote), fork (False: exec a plain
-    interpreter).
+    none: keep), terminal (stay in the terminal's session), parent (pid of the zygote), tracer (pid of the agent),
+    fork (False: exec a plain interpreter).
     """
     die_with_parent(order["parent"])
+    traced_by(order["tracer"])
     if not order["terminal"]:
         os.setsid()
     _restore_signals(order["ignored"])

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -12,6 +16,7 @@ import pytest
 from launcher.errors import UsageError
 from launcher.gang import Gang
 from launcher.hangs import Patience
+from launcher.native import Search, frames, spy
 from launcher.progress import Beat
 from launcher.stacks import Census, Group, merged, numbers, where
 
@@ -40,6 +45,112 @@ def test_groups_are_one_per_place_and_the_odd_ones_first() -> None:
     assert [str(g) for g in found] == ["rank 3 b", "ranks 0-2, 7 a"]
     assert numbers([5]) == "5"
     assert numbers([]) == ""
+
+
+def native(name: str, library: str) -> dict[str, object]:
+    return {"name": name, "filename": library, "module": library, "line": 0}
+
+
+def test_a_place_below_python() -> None:
+    """As `py-spy dump --native --json` tells it; the addresses are of functions that have no name."""
+    python = {"name": "all_reduce", "filename": "torch/distributed.py", "module": None, "line": 41}
+    other = {"thread_id": 9, "thread_name": None, "os_thread_id": 8, "frames": [python]}
+
+    def main(*stack: dict[str, object]) -> str:
+        told = frames(
+            [other, {"thread_id": 7, "thread_name": "Main", "os_thread_id": 7, "frames": [*stack, python]}], 7
+        )
+        assert where(told.text) == "in all_reduce at distributed.py:41"
+        assert told.text.startswith("Current thread 0x7 [Main] (most recent call first):\n")
+        assert "\nThread 0x9 [] (most recent call first):\n" in told.text
+        return told.place
+
+    libc, torch = "/lib/libc.so.6", "/venv/torch/lib/libtorch_cpu.so"
+    wait = native("pthread_cond_wait", libc), native("std::condition_variable::wait", "/lib/libstdc++.so.6.0.30")
+    assert main() == ""
+    assert main(native("0x7f01", libc)) == ""
+    assert main(native("0x7f01", libc), wait[0], native("ffi_call", "/lib/libffi.so.8.1.2")) == "pthread_cond_wait"
+    assert main(*wait, native("c10d::Work::wait", torch)) == (
+        "pthread_cond_wait, called by c10d::Work::wait (libtorch_cpu.so)"
+    )
+    assert main(native("c10d::Work::wait", torch)) == "c10d::Work::wait (libtorch_cpu.so)"
+    assert main(native("f" * 500, libc)) == "f" * 79 + "…"
+
+
+def test_ranks_at_one_place_that_are_apart_below_python() -> None:
+    groups = [Group("a", (0,), "x"), Group("a", (1,), "y", (("f", (1,)),)), Group("a", (2,), "z", (("f", (2,)),))]
+    (group,) = merged(groups)
+    assert (str(group), group.sample) == ("ranks 0-2 a (native: f)", "y")
+    (group,) = merged([group, Group("a", (3,), "w", (("g", (3,)),))])
+    assert str(group) == "ranks 0-3 a (native: f: rank 1-2; g: rank 3)"
+    assert Group.from_json(json.loads(json.dumps(group.to_json()))) == group
+
+
+LOCKED = """
+import ctypes, os, torch, torch.distributed as dist
+def lock():
+    mutex = ctypes.create_string_buffer(64)
+    print("apart", flush=True)
+    for _ in range(2):
+        ctypes.CDLL(None).pthread_mutex_lock(mutex)
+def meet():
+    dist.init_process_group("gloo")
+    dist.all_reduce(torch.ones(1))
+lock() if os.environ["RANK"] == "1" else meet()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(spy() is None, reason="py-spy is not installed")
+@pytest.mark.parametrize("how", [(), ("--no-preload",)])
+def test_ranks_that_hang_in_c_are_told_by_what_they_hang_in(how, launch) -> None:
+    script = launch.script(LOCKED)
+    job = launch.start("--procs", "2", *how, "--show-ranks", "all", "--run", "here", script)
+    job.says("apart", timeout=90)
+
+    def told() -> list[str] | None:
+        lines = launch.ok("stacks", "here").stdout.splitlines()
+        return lines if "pthread_mutex_lock" in str(lines) and "meet" in str(lines) else None
+
+    lines = job.until(told, "both ranks to be where they stay", timeout=60)
+    (locked,) = [line for line in lines if line.startswith("rank 1 ")]
+    assert re.fullmatch(r"rank 1 in lock at job\.py:7 \(native: pthread_mutex_lock\)", locked)
+    newest = max((job.run.path / "stacks").iterdir(), key=lambda folder: folder.stat().st_mtime)
+    whole = (newest / "node-0.txt").read_text()
+    assert "  Native libc" in whole
+    assert "in meet" in whole
+    launch.ok("cancel", "here")
+    job.wait()
+
+
+def search(pid: int) -> Search:
+    found = Search("a", 0, [Group("in f at a.py:1", (5,), "x")], {5: pid})
+    over = threading.Event()
+    found.start(over.set)
+    assert over.wait(60)
+    assert found.over
+    assert found.told()["groups"] == [Group("in f at a.py:1", (5,), "x").to_json()]
+    return found
+
+
+def test_why_nothing_is_told_below_python(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    assert search(os.getpid()).lacking == "py-spy is not installed there: pip install py-spy"
+    stand_in = tmp_path / "py-spy"  # as py-spy 0.4.3 ends where Yama or a container's seccomp forbids ptrace
+    stand_in.write_text(
+        "#!/bin/sh\necho 'Permission Denied: Try running again with elevated permissions' >&2\nexit 1\n"
+    )
+    stand_in.chmod(0o755)
+    told = search(os.getpid()).lacking
+    assert told == "py-spy: Permission Denied: Try running again with elevated permissions"
+
+
+@pytest.mark.skipif(spy() is None, reason="py-spy is not installed")
+def test_a_process_that_is_gone_has_nothing_below_python() -> None:
+    with subprocess.Popen(["true"]) as process:
+        process.wait()
+    assert search(process.pid).lacking.startswith("py-spy: ")
 
 
 def test_patience_that_was_given() -> None:

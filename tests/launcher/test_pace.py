@@ -165,10 +165,10 @@ def test_history_knows_who_is_slow_still(tmp_path: Path) -> None:
     (tmp_path / "events.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events))
     assert read(tmp_path).attempts[0].slow == {"rank 0": str(slow[1]), "node 1": str(slow[2])}
     with open(tmp_path / "events.jsonl", "a") as file:
-        for one in slow[1:]:
-            file.write(
-                json.dumps({"event": "slow", "attempt": 0, "time": 3.0, **replace(one, over=True).to_json()}) + "\n"
-            )
+        file.writelines(
+            json.dumps({"event": "slow", "attempt": 0, "time": 3.0, **replace(one, over=True).to_json()}) + "\n"
+            for one in slow[1:]
+        )
     assert read(tmp_path).attempts[0].slow == {}
 
 
