@@ -267,7 +267,7 @@ class Node:
         self._forwarded = Forwarded(link) if isinstance(link, PipeChannel) else None
         self._heard = time.monotonic()
         self.console = Console(
-            on_drained=lambda: self._wake(b"\0"), write=os.write if self._forwarded is None else self._forwarded.write
+            on_drained=self.wake, write=os.write if self._forwarded is None else self._forwarded.write
         )
         self._signals: list[int] = []
         for source in (link, zygote, self._wake_read):
@@ -281,9 +281,10 @@ class Node:
         if keeps_terminal(spec):
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C on the terminal is the rank's own
 
-    def _wake(self, data: bytes) -> None:
+    def wake(self) -> None:
+        """Have `turn` return, from any thread."""
         with contextlib.suppress(BlockingIOError, OSError):
-            os.write(self._wake_write, data)
+            os.write(self._wake_write, b"\0")
 
     # ------------------------------------------------------------------------------------------ starting
 
@@ -381,6 +382,11 @@ class Node:
         self.zygote.send({"order": "signal", "key": str(local), "number": int(number)})
 
     @property
+    def asked_to_leave(self) -> bool:
+        """Whether the ranks of this attempt have been told to, or are to be as soon as they are there."""
+        return self._asked_ns is not None
+
+    @property
     def drained(self) -> bool:
         """Every rank of this attempt is reaped and nothing that they started is left."""
         return not self._pids and self._swept
@@ -456,7 +462,7 @@ class Node:
             self._selector.unregister(pipe)
             self._paused.add(pipe)
             if not self.console.full:  # it drained in between, and nobody will wake us
-                self._wake(b"\0")
+                self.wake()
             return
         # The number is free for reuse as soon as the log closes it: leave the selector first, come back if it lives.
         self._selector.unregister(pipe)

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import socket
+import threading
 import time
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from torch.distributed import TCPStore  # type: ignore[attr-defined]  # its own documentation imports it here
+from torch.distributed import (  # type: ignore[attr-defined]  # its own documentation imports them here
+    DistNetworkError,
+    DistStoreError,
+    TCPStore,
+)
 from torch.distributed.elastic.agent.server.api import (
     DEFAULT_ROLE,
     RunResult,
@@ -75,7 +81,9 @@ class GangRendezvous(RendezvousHandler):
                 addr, port = self._host_store(order["host"])
                 self._node.link.send({"store": {"addr": addr, "port": port}, "attempt": order["host"]["attempt"]})
             elif "world" in order:
-                return self._join(order["world"])
+                if (info := self._join(order["world"])) is not None:
+                    return info
+                self._node.link.send({"drained": True, "attempt": order["world"]["attempt"]})
 
     def _host_store(self, order: dict[str, Any]) -> tuple[str, int]:
         """Bind first, tell afterwards: a port that is known is a port that is held."""
@@ -100,7 +108,7 @@ class GangRendezvous(RendezvousHandler):
         self._hosted = order["attempt"]
         return addr, port
 
-    def _join(self, order: dict[str, Any]) -> RendezvousInfo:
+    def _join(self, order: dict[str, Any]) -> RendezvousInfo | None:
         world = World(
             attempt=order["attempt"],
             restarts=order["restarts"],
@@ -110,28 +118,34 @@ class GangRendezvous(RendezvousHandler):
         )
         self.world, self.index = world, order["node"]
         if self._store is None or self._hosted != world.attempt:  # another node's, after an attempt that never began
-            self._reach(world.store_addr, world.store_port)
-            self._store = TCPStore(world.store_addr, world.store_port, None, False)
+            self._store = self._reach(world.store_addr, world.store_port)
+        if self._store is None:
+            return None
         return RendezvousInfo(
             self._store, self.index, len(world.slots), RendezvousStoreInfo(world.store_addr, world.store_port)
         )
 
-    def _reach(self, address: str, port: int) -> None:
-        """Prove, before a rank is started, that this node reaches the store: TCPStore itself would try for minutes,
-        deaf to the supervisor, and name no address.
-        """
-        deadline = time.monotonic() + _REACH_S
-        while True:
+    def _reach(self, address: str, port: int) -> Store | None:
+        """Another node's store; None if the ranks are no longer wanted before it answers."""
+        found: list[Store | MeetingError] = []
+
+        def reach() -> None:
             try:
-                socket.create_connection((address, port), timeout=2).close()
-                return
-            except OSError as error:
-                if time.monotonic() > deadline:
-                    raise MeetingError(
-                        f"it cannot reach node 0 at {address} port {port}: {error}. Are all ports open between the "
-                        "nodes? --local-addr names another address of node 0"
-                    ) from error
-            self._node.turn(0.5)
+                found.append(_connected(address, port))
+            except MeetingError as error:
+                found.append(error)
+            self._node.wake()
+
+        # In a thread, for where that host is dead, or its agent stands still, torch waits; and this one must hear what
+        # the supervisor says.
+        threading.Thread(target=reach, name="reach", daemon=True).start()
+        while not found:
+            self._node.turn(None)
+            if self._node.asked_to_leave:
+                return None
+        if isinstance(found[0], MeetingError):
+            raise found[0]
+        return found[0]
 
     def is_closed(self) -> bool:
         return self._closed
@@ -149,6 +163,24 @@ class GangRendezvous(RendezvousHandler):
         self._closed = True
         self._store = None
         return True
+
+
+def _connected(address: str, port: int) -> Store:
+    """The store at an address; proven first by a connection of our own: TCPStore itself would try for minutes, and name
+    no address.
+    """
+    deadline = time.monotonic() + _REACH_S
+    while True:
+        try:
+            socket.create_connection((address, port), timeout=2).close()
+            return TCPStore(address, port, None, False, timeout=timedelta(seconds=_REACH_S))
+        except (OSError, DistNetworkError, DistStoreError) as error:
+            if time.monotonic() > deadline:
+                raise MeetingError(
+                    f"it cannot reach node 0 at {address} port {port}: {error}. Are all ports open between the "
+                    "nodes? --local-addr names another address of node 0"
+                ) from error
+        time.sleep(0.5)
 
 
 class NodeAgent(SimpleElasticAgent):

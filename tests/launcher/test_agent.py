@@ -1,9 +1,11 @@
-"""What an agent does with orders that come close together."""
+"""What an agent does with orders that come close together, or while it waits for something else."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+
+import pytest
 
 # An agent's loop between a supervisor and a zygote that both are this program: what it does is what it sends.
 AGENT = """
@@ -43,3 +45,60 @@ def test_a_stop_that_comes_with_the_start_is_no_less_one(tmp_path):
     assert done.stdout.strip() == str(
         [("start", "0", None), ("start", "1", None), ("signal", "0", 15), ("signal", "1", 15)]
     )
+
+
+# Node 1 in two attempts: node 0's host is dead (a connection to it comes to nothing), then its agent stands still (the
+# kernel takes the connection, and nobody answers). What it tells, and whether the run ends for it as the last word was.
+MEETS = """
+import os, socket, sys, threading
+from pathlib import Path
+from launcher.agent import Node
+from launcher.channel import Channel
+from launcher.elastic import GangRendezvous
+from launcher.spec import LaunchSpec, Program
+from torch.distributed.elastic.rendezvous.api import RendezvousClosedError
+
+ours, its_link = socket.socketpair()
+zygote, its_zygote = socket.socketpair()
+supervisor = Channel(ours)
+spec = LaunchSpec(program=Program("script", sys.argv[1]), cwd=sys.argv[2], procs=1)
+node = Node(spec, "run", Path(sys.argv[2]), dict(os.environ), Channel(its_link),
+            Channel(its_zygote), 1, [], scheduled=False, silent_s=None, orphan_grace_s=1.0)
+dead, still = socket.create_server(("127.0.0.1", 0), backlog=0), socket.create_server(("127.0.0.1", 0))
+fill = [socket.socket() for _ in range(4)]
+for one in fill:
+    one.setblocking(False)
+    one.connect_ex(dead.getsockname())
+
+def world(attempt, store):
+    address, port = store.getsockname()
+    return {"world": {"attempt": attempt, "restarts": attempt, "slots": [[1, 2]], "addr": address, "port": port,
+                      "node": 1}}
+
+def supervise():
+    supervisor.send(world(0, dead))
+    supervisor.send({"abort": {}})
+    supervisor.sock.settimeout(60)
+    told.append(supervisor.sock.recv(1000)[4:])
+    supervisor.send(world(1, still))
+    connections = [still.accept() for _ in range(2)]  # to see whether it can be reached, and the store's own
+    supervisor.send({"abort": {}})
+    told.append(supervisor.sock.recv(1000)[4:])
+    supervisor.send({"end": {"code": 7}})
+
+told = []
+threading.Thread(target=supervise).start()
+meeting = GangRendezvous(node)
+try:
+    meeting.next_rendezvous()
+except RendezvousClosedError:
+    print(*(t.decode() for t in told), meeting.end, flush=True)
+os._exit(0)
+"""
+
+
+@pytest.mark.slow
+def test_an_agent_that_cannot_reach_the_store_leaves_the_attempt_when_it_is_told_to(tmp_path):
+    done = subprocess.run([sys.executable, "-c", MEETS, tmp_path / "job.py", tmp_path],
+                          capture_output=True, text=True, timeout=120)  # fmt: skip
+    assert done.stdout.strip() == '{"drained":true,"attempt":0} {"drained":true,"attempt":1} {\'code\': 7}', done.stderr
