@@ -25,7 +25,7 @@ OWN = ("muster", "torch", "numpy")
 _NAME = re.compile(r"\s*([A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?)(?!\S*://)")
 _GPU_FIELDS = (
     "index", "name", "driver_version", "memory.total", "memory.used", "temperature.gpu",
-    "ecc.errors.uncorrected.volatile.total",
+    "ecc.errors.uncorrected.volatile.total", "compute_mode", "mig.mode.current",
 )  # fmt: skip
 _THROTTLED = ("clocks_event_reasons.active", "clocks_throttle_reasons.active")  # one thing: newer drivers, older ones
 
@@ -124,19 +124,20 @@ def _gpus() -> list[dict[str, Any]] | str | None:
 def read_nvidia_smi(text: str) -> list[dict[str, Any]] | str:
     """What nvidia-smi printed for `_GPU_FIELDS` and why it slows down; memory in MiB, temperature in degrees Celsius.
 
-    ecc: uncorrected errors since the driver was loaded; throttle: its bits; None where a GPU does not tell.
+    ecc: uncorrected errors since the driver was loaded; mode: who may compute on it; mig: whether it is cut into
+    instances; throttle: its bits; None where a GPU does not tell (a container may not be told of its memory, either).
     """
     found = []
     for line in filter(str.strip, text.splitlines()):
         values = [value.strip() for value in line.split(",")]
         if len(values) != len(_GPU_FIELDS) + 1:
             return f"nvidia-smi answered {line!r}"
-        index, name, driver, total, used, warm, ecc, throttle = values
+        index, name, driver, total, used, warm, ecc, mode, mig, throttle = values
         found.append(
             {
                 "index": _number(index), "name": name, "driver": driver, "memory": _number(total),
                 "used": _number(used), "temperature": _number(warm), "ecc": _number(ecc),
-                "throttle": _number(throttle),
+                "mode": None if mode.startswith("[") else mode, "mig": mig == "Enabled", "throttle": _number(throttle),
             }
         )  # fmt: skip
     return found

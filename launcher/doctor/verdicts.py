@@ -210,7 +210,7 @@ def _gpus(here: Sequence[Machine], place: Place) -> Finding:
         told = f"{names(few)}: fewer than the {wanted} asked for ({_differing(kinds)})"
         return Finding("GPUs", "bad", told, "leave these machines out, or ask for fewer GPUs")
     if ill:
-        fix = "leave the machine out until it was reset (nvidia-smi -r), cooled, or repaired"
+        fix = "leave the machine out until it was reset (nvidia-smi -r; -c DEFAULT for the mode), cooled, or repaired"
         return Finding("GPUs", "bad", names(ill), fix)
     if len(set(kinds.values())) > 1:
         return Finding(
@@ -219,11 +219,19 @@ def _gpus(here: Sequence[Machine], place: Place) -> Finding:
             _differing(kinds),
             "take machines of one kind, with the same driver: all wait for the slowest",
         )
+    cut = [f"{name} GPU {gpu['index']}" for name, gpus in listed.items() for gpu in gpus or [] if gpu["mig"]]
+    if cut:
+        fix = (
+            "take whole GPUs (nvidia-smi -mig 0, as root): a process sees one instance, and NCCL does not join several"
+        )
+        return Finding("GPUs", "poor", f"cut into MIG instances: {names(cut)}", fix)
     busy = [
-        name for name, gpus in listed.items() if any((g["used"] or 0) > (g["memory"] or 0) * 0.1 for g in gpus or [])
-    ]
+        f"{name} GPU {gpu['index']} ({gpu['used'] / 1024:.1f} of {gpu['memory'] / 1024:.1f} GiB)"
+        for name, gpus in listed.items() for gpu in gpus or [] if (gpu["used"] or 0) > (gpu["memory"] or 0) * 0.1
+    ]  # fmt: skip
     if busy:
-        return Finding("GPUs", "poor", f"memory in use already: {names(busy)}", "see whose it is: nvidia-smi")
+        fix = "see whose it is: nvidia-smi --query-compute-apps=gpu_uuid,pid,process_name,used_memory --format=csv"
+        return Finding("GPUs", "poor", f"memory in use already: {names(busy)}", fix)
     return Finding("GPUs", "ok", _differing(kinds))
 
 
@@ -242,6 +250,8 @@ def _ills(gpu: Mapping[str, Any]) -> list[str]:
         found.append(f"slowed down by {', '.join(braked)}")
     if (gpu["temperature"] or 0) >= _HOT_C:
         found.append(f"{gpu['temperature']} degrees Celsius")
+    if gpu["mode"] == "Prohibited":
+        found.append("compute mode Prohibited: no program may use it")
     return found
 
 

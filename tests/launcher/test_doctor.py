@@ -21,7 +21,7 @@ from launcher.errors import ClusterError
 LAUNCH = Path(sys.executable).with_name("launch")
 GIB = 1 << 30
 GPU = {"index": 0, "name": "H100", "driver": "570.1", "memory": 81559, "used": 3, "temperature": 40,
-       "ecc": 0, "throttle": 1}  # fmt: skip
+       "ecc": 0, "mode": "Default", "mig": False, "throttle": 1}  # fmt: skip
 FACTS = {
     "host": "x", "python": "3.11.2", "executable": "/venv/bin/python", "machine": "x86_64",
     "packages": {"muster": "0.1", "torch": "2.15"}, "files": {"soft": 1024, "hard": 65536}, "locked": None,
@@ -76,6 +76,7 @@ def _set(check, **values):
         ("GPUs", _set(None, gpus="nvidia-smi: no devices"), "bob: nvidia-smi: no devices"),
         ("GPUs", _set(None, gpus=[GPU | {"ecc": 2}], visible=1), "bob GPU 0: 2 uncorrected memory errors"),
         ("GPUs", _set(None, gpus=[GPU | {"throttle": 0x28}], visible=1), "slowed down by hardware slowdown, heat"),
+        ("GPUs", _set(None, gpus=[GPU | {"mode": "Prohibited"}], visible=1), "compute mode Prohibited"),
         ("GPUs", _set(None, gpus=[GPU], visible=1), "bob: 1 x H100"),
         ("locked memory", _set(None, rdma=True, locked=65536), "bob"),
         (
@@ -124,20 +125,39 @@ def test_gpus_that_a_run_will_ask_for():
     assert "fewer than the 4" in finding(report, "GPUs", gpus=4).found
     report.machines[0].facts["gpus"][0] = GPU | {"used": 40_000}
     assert finding(report, "GPUs").status == "poor"
+    assert finding(report, "GPUs").found == "memory in use already: ada GPU 0 (39.1 of 79.6 GiB)"
+    report.machines[0].facts["gpus"][0] = GPU | {"used": None, "memory": None, "mode": None, "temperature": None}
+    assert finding(report, "GPUs").status == "ok"  # a container that may not be told
+    report.machines[1].facts["gpus"][1] = GPU | {"index": 1, "mig": True}
+    assert finding(report, "GPUs").found == "cut into MIG instances: bob GPU 1"
 
 
 def test_nvidia_smi_is_read():
-    text = "0, NVIDIA H100 80GB HBM3, 570.1, 81559, 4, 31, 0, 0x01\n1, A, C, 1, 2, 3, [N/A], [N/A]\n"
-    first, second = read_nvidia_smi(text)
-    assert (first["name"], first["memory"], first["ecc"], first["throttle"]) == ("NVIDIA H100 80GB HBM3", 81559, 0, 1)
-    assert (second["ecc"], second["throttle"]) == (None, None)
+    """The words that it uses where a GPU cannot or may not tell stand in bug reports of several drivers."""
+    text = (
+        "0, NVIDIA H100 80GB HBM3, 570.124.06, 81559, 4, 31, 0, Default, Disabled, 0x0000000000000001\n"
+        "1, NVIDIA GeForce RTX 4090, 550.90.12, 24564, 18000, 84, [N/A], Exclusive_Process, [N/A], 0x0000000000000020\n"
+        "2, NVIDIA A100-SXM4-80GB, 535.161.08, [Insufficient Permissions], [Insufficient Permissions], 47, 0, Default, "
+        "Enabled, [N/A]\n"
+        "3, GRID T4-16Q, 470.42.01, 16384, 0, [N/A], [Not Supported], Prohibited, [N/A], [Not Supported]\n"
+    )
+    whole, desktop, cut, virtual = read_nvidia_smi(text)
+    assert whole == {
+        "index": 0, "name": "NVIDIA H100 80GB HBM3", "driver": "570.124.06", "memory": 81559, "used": 4,
+        "temperature": 31, "ecc": 0, "mode": "Default", "mig": False, "throttle": 1,
+    }  # fmt: skip
+    assert (desktop["ecc"], desktop["mode"], desktop["mig"], desktop["throttle"]) == (
+        None, "Exclusive_Process", False, 0x20,
+    )  # fmt: skip
+    assert (cut["memory"], cut["used"], cut["mig"], cut["throttle"]) == (None, None, True, None)
+    assert (virtual["temperature"], virtual["ecc"], virtual["mode"]) == (None, None, "Prohibited")
     assert read_nvidia_smi("something else\n") == "nvidia-smi answered 'something else'"
 
 
 @pytest.mark.parametrize("field", ["clocks_event_reasons.active", "clocks_throttle_reasons.active", "none"])
 def test_drivers_old_and_new_are_asked_and_one_that_is_ill_is_quoted(field, tmp_path, monkeypatch):
     (tmp_path / "nvidia-smi").write_text(
-        f'#!/bin/sh\ncase "$1" in *,{field}) echo 0, H100, 570, 81559, 4, 31, 0, 0x4;; '
+        f'#!/bin/sh\ncase "$1" in *,{field}) echo 0, H100, 570, 81559, 4, 31, 0, Default, Disabled, 0x4;; '
         '*) echo "Unable to determine the device handle" >&2; exit 6;; esac\n'
     )
     (tmp_path / "nvidia-smi").chmod(0o755)
@@ -238,6 +258,35 @@ def test_this_machine_is_examined_and_a_port_that_is_taken_is_bad(tmp_path):
     for check in ("machines", "interpreter", "packages", "shared folder", "clocks", "all-reduce"):
         assert found[check]["status"] == "ok", found
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_gpus_of_this_machine_are_told(tmp_path):
+    """With a stand-in for nvidia-smi, which answers only what it is to be asked."""
+    tool = tmp_path / "bin" / "nvidia-smi"
+    tool.parent.mkdir()
+    tool.write_text(
+        '#!/bin/sh\n[ "$1 $2" = "--query-gpu=index,name,driver_version,memory.total,memory.used,temperature.gpu,'
+        "ecc.errors.uncorrected.volatile.total,compute_mode,mig.mode.current,clocks_event_reasons.active "
+        '--format=csv,noheader,nounits" ] || { echo "Field is not a valid field to query." >&2; exit 2; }\n'
+        'echo "0, NVIDIA H100 80GB HBM3, 570.124.06, 81559, 4, 31, 0, Default, Disabled, 0x0000000000000001"\n'
+        'echo "1, NVIDIA H100 80GB HBM3, 570.124.06, 81559, 4, 93, 3, Default, Disabled, 0x0000000000000048"\n'
+    )
+    tool.chmod(0o755)
+    env = os.environ | {"PATH": f"{tool.parent}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        [LAUNCH, "doctor", "--json"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=100, check=False
+    )
+    assert done.returncode == 1, done.stderr
+    found = {f["check"]: f for f in json.loads(done.stdout)}["GPUs"]
+    assert found["status"] == "bad"
+    for why in (
+        "3 uncorrected memory errors",
+        "slowed down by hardware slowdown, heat (hardware)",
+        "93 degrees Celsius",
+    ):
+        assert f"GPU 1: {why}" in found["found"]
+    assert "GPU 0" not in found["found"]
 
 
 @pytest.mark.slow

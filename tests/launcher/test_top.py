@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import subprocess
 import time
 from typing import TYPE_CHECKING
+
+import pytest
 
 from launcher.commands.top import screen
 from launcher.nvml import of_rank
@@ -133,6 +137,46 @@ while not Path("go").exists():
     struct.pack_into("<Q", page, 24, time.monotonic_ns())
     time.sleep(0.01)
 """
+
+
+# A stand-in for NVIDIA's library, by the prototypes of nvml.h: two GPUs, of which the second does not tell its use.
+NVML = """
+#include <stdio.h>
+static char gpus[2];
+int nvmlInit_v2(void) { return 0; }
+int nvmlDeviceGetCount_v2(unsigned *count) { *count = 2; return 0; }
+int nvmlDeviceGetHandleByIndex_v2(unsigned index, void **device) { *device = &gpus[index]; return 0; }
+int nvmlDeviceGetUUID(void *device, char *uuid, unsigned length) {
+    return snprintf(uuid, length, "GPU-%d", (int)((char *)device - gpus)) < 0;
+}
+int nvmlDeviceGetMemoryInfo(void *device, unsigned long long *memory) {
+    memory[0] = 80ull << 30; memory[2] = ((char *)device - gpus + 1ull) << 30; memory[1] = memory[0] - memory[2];
+    return 0;
+}
+int nvmlDeviceGetUtilizationRates(void *device, unsigned *use) { use[0] = 97; return device == gpus ? 0 : 3; }
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler for the stand-in")
+def test_gpus_are_watched(launch, tmp_path) -> None:
+    library = tmp_path / "libnvidia-ml.so.1"
+    subprocess.run(["cc", "-shared", "-fPIC", "-x", "c", "-o", library, "-"], input=NVML, text=True, check=True)
+    script = launch.script(STEPPER)
+    job = launch.start(
+        "--nproc-per-node", "2", "--preload", "json", "--show-ranks", "all", "--run", "here", script,
+        env={"LD_LIBRARY_PATH": str(tmp_path)},
+    )  # fmt: skip
+    job.says("up", 2)
+    told = json.loads(launch.ok("top", "here", "--json").stdout)
+    assert {r["rank"]: (r["gpu"]["use"], r["gpu"]["used"] >> 30, r["gpu"]["total"] >> 30) for r in told["rows"]} == {
+        0: (97, 1, 80), 1: (None, 2, 80),
+    }  # fmt: skip
+    text = launch.ok("top", "here").stdout
+    assert "97% 1.0G/80G" in text
+    assert "? 2.0G/80G" in text
+    (launch.cwd / "go").touch()
+    assert job.wait().returncode == 0
 
 
 def test_a_run_is_watched_and_goes_on(launch) -> None:
