@@ -517,7 +517,7 @@ class Node:
         groups = [self._views[local].place(pid) for local, pid in sorted(self._pids.items())]
         pids = {self._views[local].rank: pid for local, pid in self._pids.items()}
         self._search = Search(name, self._places[0].node if groups else -1, groups, pids)
-        self._search.start(lambda: self._wake(b"\0"))
+        self._search.start(self.wake)
 
     def _tell_stacks(self, search: Search) -> None:
         """Whole into this node's file, and what tells the ranks apart to the supervisor."""
