@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import warnings
 from collections import Counter, OrderedDict
 from pathlib import Path
 
@@ -281,6 +282,28 @@ def test_a_full_disk_is_a_warning_and_loses_nothing(url, monkeypatch):
         same(state(1), store.load_newest().state)
         store.save(state(3), step=3)
         same(state(3), store.load_newest().state)
+
+
+def test_closing_tells_of_the_save_that_nobody_awaited_and_of_no_other(url, monkeypatch):
+    from trainer.checkpoint.folder import Folder
+
+    def broken(self, name, blocks):
+        raise OSError(errno.EIO, "Input/output error")
+
+    store, second = Store(url), Store(url)
+    with monkeypatch.context() as patched:
+        patched.setattr(Folder, "write_blocks", broken)
+        store.save(state(1), step=1, wait=False)  # small: by a thread
+        with pytest.raises(CheckpointWriteError, match=r"step-000000000001 was not written: .* Input/output error"):
+            store.wait()
+        second.save(state(2), step=2, wait=False)
+        with pytest.warns(UserWarning, match=r"step-000000000002 was not committed: .* Input/output error"):
+            second.close()
+    store.save(large(3), step=3, wait=False)  # by a process
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        store.close()
+    same(large(3), store.load_newest().state)
 
 
 def test_the_death_of_the_writer_is_an_error_at_the_next_step_and_not_the_end(url):

@@ -247,11 +247,12 @@ class Background:
         That a save has failed which nobody had awaited is a warning: whoever closes then has an error to tell already.
         """
         pending, self._pending = self._pending, None
-        outcomes = (self._thread.close(), self._process.close())
+        # Each tells of its own last job, which may be one that was awaited long ago.
+        outcomes = {writer: writer.close() for writer in (self._thread, self._process)}
         self._snapshot.close()
-        for failure in (outcome.failure for outcome in outcomes if outcome is not None):
-            if failure is not None and pending is not None and not pending.told:
-                warnings.warn(f"The checkpoint {pending.saved.path} was not committed: {failure}", stacklevel=3)
+        outcome = None if pending is None or pending.told else outcomes[pending.writer]
+        if pending is not None and outcome is not None and outcome.failure is not None:
+            warnings.warn(f"The checkpoint {pending.saved.path} was not committed: {outcome.failure}", stacklevel=3)
 
     def _writer_for(self, folder: Folder, size: int) -> ThreadWriter | ProcessWriter:
         small = folder.local and size < _SMALL_BYTES and self.world.size <= _FEW_RANKS
