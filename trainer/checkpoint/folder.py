@@ -191,18 +191,21 @@ class Folder:
 
     @property
     def s3(self) -> bool:
-        """Whether it is S3: several files are written side by side, and the store checks the CRC of each request."""
+        """Whether it is S3: several files are written side by side."""
         return hasattr(self.fs, "_call_s3")
 
-    def upload(self, stretches: Sequence[Stretch], descriptor: int) -> None:
-        """Write files, elsewhere than on a local disk, from an open file of this process: side by side."""
+    def upload(self, stretches: Sequence[Stretch], descriptor: int) -> bool:
+        """Write files, elsewhere than on a local disk, from an open file of this process: side by side.
+
+        Returns whether the store has compared all that it got with our checksums.
+        """
         if self.s3:
             from trainer.checkpoint.upload import upload
 
-            upload(self.fs, self.path, stretches, descriptor)
-        else:
-            (whole,) = stretches
-            self.fs.put_file(f"/proc/self/fd/{descriptor}", f"{self.path}/{whole.name}")
+            return upload(self.fs, self.path, stretches, descriptor)
+        (whole,) = stretches
+        self.fs.put_file(f"/proc/self/fd/{descriptor}", f"{self.path}/{whole.name}")
+        return False
 
     def duplicate(self, name: str, target: Folder) -> None:
         """Give a file of this folder a second name, which is there whole, or as it was before."""

@@ -33,31 +33,39 @@ _MOST_PARTS = 10_000
 _CHUNK = 1 << 20
 
 
-def upload(fs: Any, folder: str, stretches: Sequence[Stretch], descriptor: int) -> None:
+def upload(fs: Any, folder: str, stretches: Sequence[Stretch], descriptor: int) -> bool:
     """Write objects into a folder of an s3fs file system, each from a stretch of an open file.
 
-    Each appears when it is whole.
+    Each appears when it is whole. Returns whether the store has compared each request's content with its CRC32, which
+    botocore adds unless it is told otherwise (`request_checksum_calculation`, in its three places) or too old, and
+    which such a store names in its answer: S3 itself names another, its own, where it got none.
 
     Raises:
         OSError, or what the file system raises: some of the objects may be there, whole.
     """
     # Not closed by hand: a request that was given up may hold a view of it a moment longer.
     content = memoryview(mmap.mmap(descriptor, 0, prot=mmap.PROT_READ))
-    sync(fs.loop, _upload, fs, folder, stretches, content)
+    checked: bool = sync(fs.loop, _upload, fs, folder, stretches, content)
     fs.invalidate_cache(folder)
+    return checked
 
 
-async def _upload(fs: Any, folder: str, stretches: Sequence[Stretch], content: memoryview) -> None:
+async def _upload(fs: Any, folder: str, stretches: Sequence[Stretch], content: memoryview) -> bool:
     part = _PART if len(stretches) == 1 else _PART_OF_SEVERAL
     free = asyncio.Semaphore(_AT_ONCE)
+    checked = True
 
     async def send(method: str, body: memoryview, **place: Any) -> Any:
+        nonlocal checked
         async with free:
-            return await fs._call_s3(method, **place, Body=_Body(body))
+            answer = await fs._call_s3(method, **place, Body=_Body(body))
+        checked = checked and "ChecksumCRC32" in answer
+        return answer
 
     await _all(
         _upload_one(fs, f"{folder}/{s.name}", content[s.begin : s.begin + s.size], part, send) for s in stretches
     )
+    return checked
 
 
 async def _upload_one(fs: Any, path: str, content: memoryview, part: int, send: Callable[..., Awaitable[Any]]) -> None:

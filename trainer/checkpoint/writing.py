@@ -45,8 +45,8 @@ class Content:
 def write_part(folder: Folder, record: Record, content: Content) -> None:
     """Write one rank's shard, read it back, and then write its record: all durable on return.
 
-    So a checkpoint that is committed was whole when it was, and older ones may go. S3 itself compares a checksum with
-    what it got; there nothing is read back.
+    So a checkpoint that is committed was whole when it was, and older ones may go. A shard that the store itself has
+    compared with checksums of ours, as S3 does, is not read back.
 
     If that fails, a note is left for rank 0, which waits for this record.
 
@@ -63,12 +63,14 @@ def write_part(folder: Folder, record: Record, content: Content) -> None:
                 folder.write_blocks(stretch.name, hashed)
             else:
                 _exhaust(hashed)
+        checked = False
         if record.stretches and content.descriptor is not None and not folder.local:
-            folder.upload(record.stretches, content.descriptor)
+            checked = folder.upload(record.stretches, content.descriptor)
         _exhaust(blocks)  # its end lets go of the memory, which may be unmapped before the commit is over
-        for stretch in record.stretches:
-            _read_back(folder, stretch, checksums)
-        folder.write_whole(record_name(record.rank), replace(record, blocks=tuple(checksums)).dump())
+        if not checked:
+            for stretch in record.stretches:
+                _read_back(folder, stretch, checksums)
+        _write_and_compare(folder, record_name(record.rank), replace(record, blocks=tuple(checksums)).dump())
     except Exception as error:
         try:
             folder.write_whole(_failure_name(record.rank), json.dumps(f"{type(error).__name__}: {error}").encode())
@@ -92,8 +94,8 @@ def write_file(folder: Folder, name: str, size: int, content: Content) -> None:
         return
     _exhaust(hashed)
     os.pwrite(content.descriptor, seal_of(checksums), size)
-    folder.upload([Stretch(name, 0, size + SEAL_BYTES)], content.descriptor)
-    _read_back(folder, Stretch(name, 0, size), checksums)
+    if not folder.upload([Stretch(name, 0, size + SEAL_BYTES)], content.descriptor):
+        _read_back(folder, Stretch(name, 0, size), checksums)
 
 
 def commit(folder: Folder, manifest: Manifest, timeout_s: float, peers: Mapping[int, Peer]) -> Manifest:
@@ -121,9 +123,7 @@ def commit(folder: Folder, manifest: Manifest, timeout_s: float, peers: Mapping[
                 )
         files.append(file)
     whole = replace(manifest, files=tuple(files))
-    folder.write_whole(MANIFEST, whole.dump())
-    if folder.read(MANIFEST) != whole.dump():
-        raise CheckpointWriteError(f"The store changed {folder}/{MANIFEST} while it was written.")
+    _write_and_compare(folder, MANIFEST, whole.dump())
     return whole
 
 
@@ -207,9 +207,17 @@ def _of_stretch(blocks: Iterator[memoryview], size: int) -> Iterator[memoryview]
         size -= len(block)
 
 
+def _write_and_compare(folder: Folder, name: str, content: bytes) -> None:
+    folder.write_whole(name, content)
+    try:
+        found = folder.read(name)
+    except FileNotFoundError as error:
+        raise CheckpointWriteError(f"The store lost {folder}/{name}. The checkpoint is not committed.") from error
+    if found != content:
+        raise CheckpointWriteError(f"The store changed {folder}/{name} while it was written.")
+
+
 def _read_back(folder: Folder, stretch: Stretch, checksums: list[str]) -> None:
-    if folder.s3:
-        return
     file = ShardFile(folder, stretch, checksums)
     try:
         for first in range(file.first, file.last, RUN):
