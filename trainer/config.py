@@ -116,6 +116,9 @@ class Config:
     enable_autolog_hparams: whether loggers get what save_hyperparameters kept.
     resume: "exact": a run goes on at the batch where it was. "epoch": an epoch that was broken off begins anew, with
         the weights as they are, for training data that cannot say where it was.
+    compile: whether torch.compile compiles the steps (with FSDP2: each sharded unit), or a dict of its backend, mode,
+        options, dynamic (False by default: every shape for itself) and fullgraph, and of blocks: a class of layers (or
+        several) of which each is compiled for itself, which takes less time at the start.
     virtual_ranks: so many fixed shares per batch, whose weights come out the same to the bit on any number of ranks up
         to that; batch sizes are per share. See `trainer.virtual`.
     """
@@ -161,6 +164,7 @@ class Config:
     default_root_dir: str | Path | None = None
     enable_autolog_hparams: bool = True
     resume: str = "exact"
+    compile: bool | dict[str, Any] = False
     virtual_ranks: int | None = None
 
     # Seconds between validations where val_check_interval is a duration.
@@ -198,6 +202,10 @@ class Config:
             isinstance(self.accelerator, str), "accelerator", self.accelerator, "'auto', 'cpu', 'gpu', 'cuda', 'mps'"
         )
         _require(self.resume in ("exact", "epoch"), "resume", self.resume, "'exact', 'epoch'")
+        if self.compile is not False:
+            from trainer.compiling import check_compile  # imports torch's compiler
+
+            self._set(compile=check_compile(self.compile) or False)
         if self.virtual_ranks is not None:
             self._check_virtual_ranks()
         if self.default_root_dir is not None:
@@ -315,6 +323,7 @@ _WITH_VIRTUAL_RANKS: dict[str, tuple[Any, ...]] = {
     "benchmark": (None, False),
     "sync_batchnorm": (False,),
     "use_distributed_sampler": (True,),
+    "compile": (False,),
 }
 _BAREBONES_OFF = (
     "enable_checkpointing", "logger", "enable_progress_bar", "log_every_n_steps", "enable_model_summary",

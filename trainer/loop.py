@@ -140,6 +140,8 @@ def fit(run: Fit) -> None:
     if hooks.on_train_end is not None:
         hooks.on_train_end()
     rank_zero_info(f"fit ends: {reason}.")  # after the progress bars, which would draw over it
+    if run.trainer.compiling is not None:
+        rank_zero_info(run.trainer.compiling.told())
 
 
 def _end(run: Fit) -> str | None:
@@ -189,6 +191,8 @@ def train_epoch(run: Fit) -> None:
         run.step = bound_step(trainer, run.module, "training_step", run.parallel.step)
     metrics.feed = feed = run.feed
     batches = feed.batches(state.epoch, state.position)
+    if trainer.compiling is not None:
+        batches = trainer.compiling.timed(batches)
     train = bind_plain_batches(run, batches, limit) or bind_batches(run, batches, limit)
     while (trained := train(next_event(run, limit))) is not None:
         stepped, is_last = trained

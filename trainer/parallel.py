@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch.distributed.fsdp import MixedPrecisionPolicy
     from torch.optim import Optimizer
 
+    from trainer.compiling import Compiling
     from trainer.distributed import World
     from trainer.precision import Precision
 
@@ -40,6 +41,7 @@ class Parallel:
     def __init__(self) -> None:
         self.world: World
         self.precision: Precision | None = None
+        self.compiling: Compiling | None = None
         self.module: nn.Module
         self.step: Callable[..., Any]
         # Called after each step: buffers, which every rank changes by its own batches, become rank 0's on all ranks.
@@ -58,6 +60,12 @@ class Parallel:
         training=False: nothing will be stepped, so that no room is made for exchanging gradients.
         """
         raise NotImplementedError
+
+    def step_of(self, name: str) -> Callable[..., Any]:
+        """What to call in place of a step of the module that exchanges no gradients."""
+        if self.compiling is None or self.sharded:
+            return getattr(self.module, name)  # type: ignore[no-any-return]
+        return self.compiling.step(self.module, name)
 
     def rewrap(self) -> bool:
         """Take in parameters that began, or ceased, to require gradients since `wrap`. Every rank must call it.
@@ -130,7 +138,7 @@ class Single(Parallel):
 
     def wrap(self, module: nn.Module, *, training: bool = True) -> None:  # noqa: ARG002 - it is the same
         self.module = module
-        self.step = module.training_step  # type: ignore[assignment]
+        self.step = self.step_of("training_step")
 
 
 class _Step(nn.Module):
@@ -140,17 +148,18 @@ class _Step(nn.Module):
     with named_modules(): here every parameter has one of its own, in the order of `DDP.wrap`.
     """
 
-    def __init__(self, module: nn.Module, names: list[str]) -> None:
+    def __init__(self, module: nn.Module, step: Callable[..., Any], names: list[str]) -> None:
         super().__init__()
         self.inner: Module
         object.__setattr__(self, "inner", module)
+        self._step = step
         self._names = names
         # Buffers are ours to share, after a step instead of before the next one.
         buffers = [name for name, _ in module.named_buffers()]
         self._ddp_params_and_buffers_to_ignore = [*_ignored(module), *buffers]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.inner.training_step(*args, **kwargs)
+        return self._step(*args, **kwargs)
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
         return self.inner.named_parameters(*args, **kwargs)
@@ -212,7 +221,8 @@ class DDP(Parallel):
         names = [name for name, _ in module.named_parameters()]
         rebuilds = not options.get("find_unused_parameters") or bool(options.get("static_graph"))
         # DDP turns the buckets that it makes at first around, and takes those that are rebuilt as they come.
-        step = _Step(module, names[::-1] if rebuilds else names)
+        # Compiled inside of DDP's forward, where torch splits the graph so that buckets travel during the backward.
+        step = _Step(module, self.step_of("training_step"), names[::-1] if rebuilds else names)
         ids = [self.world.device] if self.world.device.type == "cuda" else None
         others = {name: value for name, value in options.items() if name not in _BUFFERS}
         ddp = nn.parallel.DistributedDataParallel(step, device_ids=ids, **others)
@@ -329,6 +339,8 @@ class FSDP(Parallel):
                 if not isinstance(unit, FSDPModule):
                     materialize(module, self.world.device, seed=seed, part=unit)
                     fully_shard(unit, **options)
+        if self.compiling is not None:
+            self.compiling.units(module, [m for m in module.modules() if isinstance(m, FSDPModule) and m is not module])
         self.module = module
         for name in _STEPS:
             # In the instance's own dict it is there from an earlier run: once more would run FSDP's hooks twice.

@@ -197,7 +197,7 @@ def make_evaluation(trainer: Trainer, name: str, loaders: Loaders, *, inference_
         ),
         page=trainer.page,
         name=name,
-        step=bound_step(trainer, module, step_name, getattr(module, step_name)),
+        step=bound_step(trainer, module, step_name, trainer.parallel.step_of(step_name)),
         move=_mover(trainer, hooks),
         feeds=loaders.feeds,
         limits=loaders.limits if together is None else [loaders.batches],

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from trainer.callbacks.selection import ordered
+from trainer.compiling import Compiling
 from trainer.data import DataModule
 from trainer.errors import ConfigError, DistributedError, ModuleError
 from trainer.feeding import RunData
@@ -22,7 +23,7 @@ from trainer.module import DataHooks, Module
 from trainer.parallel import make_parallel
 from trainer.precision import make_precision
 from trainer.progress import ProgressPage
-from trainer.ranks import rank_zero_info
+from trainer.ranks import rank_zero_info, rank_zero_warn
 from trainer.signals import StopSignals
 from trainer.state import RunningStage, TrainerFn, TrainerState, TrainerStatus
 from trainer.virtual import Replicas, one_thread
@@ -51,7 +52,12 @@ def session(
     trainer.state = TrainerState(fn=fn, stage=_STAGES[fn], status=TrainerStatus.RUNNING)
     trainer.page = ProgressPage.open(trainer.ranks.progress_page)
     try:
-        with StopSignals() as trainer.signals, one_thread(trainer.config.virtual_ranks is not None):
+        trainer.compiling = Compiling(trainer.config.compile) if isinstance(trainer.config.compile, dict) else None
+        with (
+            StopSignals() as trainer.signals,
+            one_thread(trainer.config.virtual_ranks is not None),
+            trainer.compiling or nullcontext(),
+        ):
             _set_up(trainer, fn, module)
             yield module
             _take_down(trainer, module)
@@ -82,6 +88,8 @@ def session(
 def _attach(trainer: Trainer, fn: TrainerFn, model: Any, datamodule: Any, loaders: dict[str, Any]) -> Module:
     """Check and remember the model and where the data comes from."""
     module = getattr(model, "_orig_mod", model)  # torch.compile(model) hides it there
+    if module is not model and not trainer.config.compile:
+        rank_zero_warn(f"{fn}() was given torch.compile(model) and runs it uncompiled: Trainer(compile=True) compiles.")
     if module is None:
         module = trainer.lightning_module
         if module is None:
@@ -144,6 +152,9 @@ def _set_up(trainer: Trainer, fn: TrainerFn, module: Module) -> None:
         for name, child in list(module.named_children()):
             converted = nn.SyncBatchNorm.convert_sync_batchnorm(child)  # type: ignore[no-untyped-call]
             setattr(module, name, converted)
+    if trainer.compiling is not None:
+        trainer.compiling.begin(module, trainer.device)
+        trainer.parallel.compiling = trainer.compiling
     trainer.parallel.place(module)
 
 

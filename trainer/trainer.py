@@ -32,6 +32,7 @@ from trainer.strategy import Strategy
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from trainer.compiling import Compiling
     from trainer.data import DataModule
     from trainer.distributed import World
     from trainer.loop import Evaluation
@@ -75,6 +76,7 @@ class Trainer(Status):
         self.reports = Reports(self)
         self.parallel: Parallel = None  # type: ignore[assignment] # set when a run begins, never read before
         self.precision_object: Precision = None  # type: ignore[assignment] # likewise
+        self.compiling: Compiling | None = None
         self.optimizers: list[Any] = []
         self.wrapped_optimizers: list[WrappedOptimizer] = []
         self.lr_scheduler_configs: list[Any] = []

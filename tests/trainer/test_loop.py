@@ -420,7 +420,8 @@ def test_a_tensor_of_a_compiled_module_is_its_own(boring, data, quiet):
     model = boring()
     wrapped = torch.compile(model, backend="eager")
     trainer = quiet(max_epochs=1)
-    trainer.fit(wrapped, data())
+    with pytest.warns(UserWarning, match=r"runs it uncompiled: Trainer\(compile=True\) compiles"):
+        trainer.fit(wrapped, data())
     assert trainer.lightning_module is model
 
 
