@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import os
+import pickle
 import re
 import runpy
 import struct
@@ -18,6 +19,8 @@ import numpy as np
 import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
+KILLED = Path(__file__).parents[1] / "programs" / "example_killed.py"
+LAUNCH = str(Path(sys.executable).parent / "launch")
 # No proxy listens here, so a download fails at once, with and without a network.
 NO_NETWORK = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
 
@@ -29,8 +32,24 @@ def python(example, *args, timeout=60, env=None):
     )  # fmt: skip
 
 
+def launch(*arguments, code=0):
+    done = subprocess.run(
+        [LAUNCH, *map(str, arguments)], capture_output=True, text=True, timeout=220, env=os.environ, check=False
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+def killed_and_resumed(example, place, *arguments):
+    """The example's output on two ranks, of which one was killed after the batch at `place` (epoch:batch)."""
+    done = launch("--procs", 2, "--max-restarts", 1, "--run", "r", KILLED, example, place, *arguments)
+    assert re.search("rank 1 was killed by SIGKILL.*; restarting", done.stderr)
+    assert done.stderr.count("fit goes on from") == 1
+    return done
+
+
 def accuracy(text):
-    return float(re.search(r"test accuracy (\S+)%", text)[1])
+    return float(re.search(r"accuracy (\S+)%", text)[1])
 
 
 @pytest.fixture(autouse=True)
@@ -118,3 +137,83 @@ def test_mnist_says_what_to_do_without_a_network():
     assert "train-images-idx3-ubyte" in done.stderr
     assert "--data FOLDER" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def write_cifar(folder):
+    """Files like CIFAR-10's: images of noise, whose brightness in each colour tells the class."""
+    draw = np.random.default_rng(0)
+    folder.mkdir(parents=True)
+    for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"):
+        labels = draw.permutation(np.arange(50) % 10)
+        colours = np.stack([labels % 2 * 160, labels // 2 % 3 * 80, labels // 6 * 160], 1)[:, :, None]
+        data = (draw.uniform(0, 90, (50, 3, 1024)) + colours).astype(np.uint8).reshape(50, -1)
+        (folder / name).write_bytes(pickle.dumps({"data": data, "labels": labels.tolist()}))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_cifar_like_on_two_ranks_is_killed_and_learns(tmp_path):
+    write_cifar(tmp_path / "mine" / "cifar-10-batches-py")
+    done = killed_and_resumed("cifar_like.py", "1:3", "--data", "mine", "--batch-size", 16, "--epochs", 3)
+    assert accuracy(done.stdout) >= 40
+    assert len([*tmp_path.glob("runs/r/**/epoch=*-val_acc=*.ckpt")]) == 1
+
+
+@pytest.mark.slow
+def test_cifar_like_makes_its_own_images_and_names_missing_ones(tmp_path, monkeypatch, capsys):
+    for name, value in (("KMP_DUPLICATE_LIB_OK", "True"), ("KMP_INIT_AT_FORK", "FALSE")):
+        monkeypatch.setenv(name, value)  # scikit-learn sets them when it is imported
+    example = runpy.run_path(str(EXAMPLES / "cifar_like.py"))
+    data = example["ImageData"](None, tmp_path, batch_size=8, workers=0)
+    data.prepare_data()
+    data.setup("fit")
+    images, labels = next(iter(data.train_dataloader()))
+    assert images.shape == (8, 3, 32, 32)
+    assert labels.shape == (8,)
+    assert (len(data.train), len(data.val), len(data.test)) == (1348, 149, 300)
+    monkeypatch.setattr(sys, "argv", ["cifar_like.py", "--data", "none"])
+    with pytest.raises(SystemExit, match="2"):
+        example["main"]()
+    assert "there is no data_batch_1, data_batch_2" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_gan_on_two_ranks_is_killed_and_learns_and_logs_pictures(tmp_path):
+    done = killed_and_resumed("gan.py", "1:5", "--epochs", 6)
+    trained, untrained = map(float, re.search(r"digits (\S+); .* generator (\S+)", done.stdout).groups())
+    assert trained < untrained - 1
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (log,) = tmp_path.glob("runs/r/**/version_0")
+    events = EventAccumulator(str(log), size_guidance={"images": 0}).Reload()
+    assert len({image.step for image in events.Images("painted")}) == 6
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_finetune_on_two_ranks_is_killed_after_the_backbone_was_let_go(tmp_path):
+    done = killed_and_resumed("finetune.py", "4:5", "--unfreeze-at", 3, "--epochs", 6)
+    assert "21 of 23 tensors come from data/pretrained.pt" in done.stdout
+    assert done.stderr.count("Epoch 3: learning rate") == 1
+    assert done.stderr.count("Epoch 5: learning rate") == 1
+    assert accuracy(done.stdout) >= 85
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_sweep_with_a_killed_element_tells_the_best(monkeypatch):
+    example = runpy.run_path(str(EXAMPLES / "sweep.py"))
+    table, grid = example["table"], Path("runs/grid")
+    launch("--backend", "local", "--procs", 2, "--run", "grid", "--sweep", "lr=1,0.01", KILLED,
+           "sweep.py", "1:3", "--epochs", 2, code=137)  # fmt: skip
+    assert table(grid) == "None of the 2 elements of runs/grid has ended yet."
+    assert launch("retry", "grid", "--failed").stderr.count("fit goes on from") == 2
+    lines = table(grid).splitlines()
+    assert lines[0].split()[:2] == ["run", "lr"]
+    assert [line.split()[:2] for line in lines[1:3]] == [["1", "0.01"], ["0", "1"]]
+    assert lines[3].startswith("best: run 1, ")
+    assert Path(lines[3].split(", ")[1]).exists()
+    monkeypatch.setattr(sys, "argv", ["sweep.py", "--table", "runs"])
+    with pytest.raises(SystemExit, match=r"no array\.json"):
+        example["main"]()

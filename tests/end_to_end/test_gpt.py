@@ -28,8 +28,8 @@ def launch(*arguments, cwd):
                   marks=pytest.mark.soak, id="hsdp")],
 )  # fmt: skip
 def test_gpt_learns_and_survives_a_kill(tmp_path, how, options):
-    done = launch(*how.split(), "--max-restarts", 1, "--run", "r", ROOT / "tests/programs/gpt_killed.py",
-                  *options.split(), *SMALL, cwd=tmp_path)  # fmt: skip
+    done = launch(*how.split(), "--max-restarts", 1, "--run", "r", ROOT / "tests/programs/example_killed.py",
+                  "gpt.py", "0:25", *options.split(), *SMALL, cwd=tmp_path)  # fmt: skip
     loss, entropy = map(float, re.search(r"validation loss (\S+) .* bytes (\S+)", done.stdout).groups())
     assert loss < entropy - 0.3
     assert re.search("rank 1 was killed by SIGKILL.*; restarting", done.stderr)
