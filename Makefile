@@ -6,7 +6,7 @@ JOBS   ?= 2
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help run test test-failed test-slow test-slow-failed test-lab test-lab-failed lab lab-down check lint types bench soak gpu clean
+.PHONY: help run test test-failed test-slow test-slow-failed test-lab test-lab-failed lab lab-down check lint types docs bench soak gpu clean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -46,7 +46,7 @@ lab: $(BIN)/launch ## a Slurm cluster of 3 nodes to play with (root); end it wit
 lab-down:        ## end the cluster that make lab started
 	$(BIN)/python tests/lab/lab.py down
 
-check: lint types    ## ruff and mypy strict
+check: lint types docs ## ruff, mypy strict, and the site without a warning
 
 lint: $(BIN)/launch
 	$(BIN)/ruff check .
@@ -54,6 +54,9 @@ lint: $(BIN)/launch
 
 types: $(BIN)/launch
 	$(BIN)/mypy
+
+docs: $(BIN)/launch  ## the site, into site/; nothing in it comes from the network
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
 bench: $(BIN)/launch ## benchmarks beside their peers, which are installed first; minutes
 	$(BIN)/python -m pip install --quiet -e '.[peers]'
@@ -72,4 +75,4 @@ gpu: $(BIN)/launch   ## tests that need a GPU
 	$(BIN)/python -m pytest -m gpu
 
 clean:           ## remove what the build left (never your runs)
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache
