@@ -27,7 +27,7 @@ from launcher.channel import Channel, PipeChannel, pair
 from launcher.errors import LaunchError, UsageError
 from launcher.failure import RankExit, exception_in, read_error_file, signal_name
 from launcher.hangs import EVERY_S
-from launcher.logs import Console, Forwarded, RankLog, prefix_for
+from launcher.logs import NO_ROOM, Console, Forwarded, RankLog, prefix_for
 from launcher.native import Search
 from launcher.nvml import GpuWatch, of_rank
 from launcher.pace import every_s, summary
@@ -295,7 +295,11 @@ class Node:
         self._look_at = time.monotonic() + EVERY_S
         self.exits, self._pids, self._oom_kills = {}, {}, _oom_kills()
         folder = self.run_dir / "logs" / f"attempt-{world.attempt}"
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            if error.errno not in NO_ROOM:  # the logs tell of it
+                raise
         for place in places(world, node):
             self._start_rank(world, place, folder)
         while len(self._pids) + len(self.exits) < len(self._places):
@@ -305,7 +309,8 @@ class Node:
     def _start_rank(self, world: World, place: Place, folder: Path) -> None:
         spec, local = self.spec, place.local_rank
         error_file = folder / f"rank-{place.rank}.error.json"
-        error_file.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            error_file.unlink(missing_ok=True)
         view = self._views[local] = RankView(place.rank, spec.hang_timeout_s)
         terminal = keeps_terminal(spec)
         ends: tuple[int, ...] = ()
@@ -523,9 +528,12 @@ class Node:
         """Whole into this node's file, and what tells the ranks apart to the supervisor."""
         self._search = None
         if search.groups:
-            folder = self.run_dir / "stacks" / search.name
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            (folder / f"node-{search.node}.txt").write_text(search.whole(self.host))
+            path = self.run_dir / "stacks" / search.name / f"node-{search.node}.txt"
+            try:
+                path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                path.write_text(search.whole(self.host))
+            except OSError as error:
+                self.console.write(2, f"launch: {path}: {error.strerror}; these stacks are lost\n".encode())
         stalled = any(self._views[local].stalled() is not None for local in self._pids)
         self._report({"stacks": search.name, "still": stalled, **search.told()})
 

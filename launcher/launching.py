@@ -278,6 +278,8 @@ def _tell(folder: runs.RunFolder, outcome: Outcome, name: str | None = None) -> 
     else:
         say(f"{name} failed with exit code {outcome.code}")
         _print_err(report(outcome, folder))
+    if folder.gaps is not None:
+        say(folder.gaps)
 
 
 def _resume_name(path: Path) -> str:

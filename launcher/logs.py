@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import queue
 import re
@@ -18,7 +19,10 @@ if TYPE_CHECKING:
 
     from launcher.channel import Link
 
-__all__ = ["Console", "Forwarded", "RankLog", "Relay"]
+__all__ = ["NO_ROOM", "Console", "Forwarded", "RankLog", "Relay"]
+
+# What a disk says that a run is not to die of: full, of one's quota too, broken, or made read-only since.
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS}
 
 _CHUNK = 1 << 16
 # A program that never ends its line must not grow our memory: such a line is passed on in pieces of this size.
@@ -177,12 +181,20 @@ class RankLog:
         self._shown = shown
         self._prefix = prefix
         self._partial = {1: b"", 2: b""}
-        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-        self._broken: set[int] = set()
-        self._copies = {}
-        for stream, copy in copies.items():
-            copy.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._copies[stream] = os.open(copy, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        self._broken = {-1}
+        self._file = self._open(path)
+        self._copies = {stream: self._open(copy) for stream, copy in copies.items()}
+
+    def _open(self, path: Path) -> int:
+        """-1 on a disk that takes nothing more."""
+        try:
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
+            self._tell_lost(error)
+            return -1
 
     def open_pipes(self) -> tuple[int, int]:
         """Make the pipes; the write ends (stdout, stderr) are the caller's to hand on and close."""
@@ -237,7 +249,10 @@ class RankLog:
             _write_all(fd, data)
         except OSError as error:
             self._broken.add(fd)
-            self._console.write(2, f"launch: {self.path}: {error.strerror}; its output is lost from here on\n".encode())
+            self._tell_lost(error)
+
+    def _tell_lost(self, error: OSError) -> None:
+        self._console.write(2, f"launch: {self.path}: {error.strerror}; its output is lost from here on\n".encode())
 
     def _flush(self, stream: int) -> None:
         rest, self._partial[stream] = self._partial[stream], b""
@@ -262,7 +277,7 @@ class RankLog:
                 self._flush(stream)
                 del self.pipes[pipe]
                 os.close(pipe)
-        for fd in (self._file, *self._copies.values()):
+        for fd in {self._file, *self._copies.values()} - {-1}:
             os.close(fd)
         self._copies = {}
 

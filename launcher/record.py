@@ -6,7 +6,6 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from launcher.failure import render
-from launcher.runs import write_json
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -58,8 +57,8 @@ def run_over(run: RunFolder, gang: Gang, outcome: Outcome, progress: Progress | 
 
 def _failure(run: RunFolder, attempt: int, outcome: Outcome) -> None:
     root = outcome.root
-    write_json(
-        run.path / "failure.json",
+    run.write(
+        "failure.json",
         {
             "cause": outcome.cause,
             "attempt": attempt,

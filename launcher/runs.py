@@ -12,6 +12,7 @@ run.lock                held while a launch works on the run
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import getpass
 import json
@@ -25,6 +26,7 @@ from launcher.errors import RunError, UsageError
 from launcher.spec import RUN_NAME, LaunchSpec
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
     from types import TracebackType
 
@@ -72,6 +74,22 @@ def write_json(path: Path, data: dict[str, Any]) -> None:
         raise
 
 
+def _append(path: Path, data: bytes) -> None:
+    """All of it, or nothing where there is no room for all."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        size = os.fstat(descriptor).st_size
+        try:
+            while data:
+                data = data[os.write(descriptor, data) :]
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.ftruncate(descriptor, size)
+            raise
+    finally:
+        os.close(descriptor)
+
+
 def read_json(path: Path) -> dict[str, Any] | None:
     try:
         data = json.loads(path.read_text())
@@ -104,6 +122,11 @@ class RunFolder:
         self.spec = spec
         self.created = created
         self._lock = lock
+        self._say: Callable[[str], None] | None = None
+        self._said = False
+        self._lost: dict[str, str] = {}  # files that could not be written, and why
+        self._state: dict[str, Any] = {}  # not yet written
+        self._events: list[str] = []  # not yet written
 
     @property
     def run_id(self) -> str:
@@ -146,13 +169,50 @@ class RunFolder:
             holder = os.pread(lock, 200, 0).decode(errors="replace").strip() or "another launch"
             os.close(lock)
             raise RunError(f"run {path.name} is being worked on by {holder}; wait for it, or cancel it") from error
-        os.ftruncate(lock, 0)
-        os.pwrite(lock, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         created = record["created"] if record else time.time()
         folder = cls(path, spec, lock, created)
-        if record is None or record["spec"] != spec.to_json():
-            folder._write_record()
+        try:
+            os.ftruncate(lock, 0)
+            os.pwrite(lock, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+            if record is None or record["spec"] != spec.to_json():
+                folder._write_record()
+        except OSError as error:
+            folder.close()
+            raise RunError(
+                f"the run folder {path} cannot be written: {error.strerror}; make room, or give another with --run"
+            ) from error
         return folder
+
+    def bear(self, say: Callable[[str], None]) -> None:
+        """From here on the run is worth more than its record: where that cannot be written, a person is told so once,
+        what was to be written is kept, and it is written with whatever comes next, if there is room again.
+        """
+        self._say = say
+
+    @property
+    def gaps(self) -> str | None:
+        """What the record lacks, as a sentence; None if it is complete."""
+        if not self._lost:
+            return None
+        (why, *_) = self._lost.values()
+        return f"the record of this run is incomplete: {', '.join(self._lost)} could not be written ({why})"
+
+    def keep(self, name: str, write: Callable[[], None]) -> None:
+        """Write one of the run's files. A failure is raised before the run begins, and borne with then."""
+        try:
+            write()
+        except (OSError, RunError) as error:
+            if self._say is None:
+                raise
+            self._lost[name] = (error.strerror if isinstance(error, OSError) else None) or str(error)
+            if not self._said:
+                self._said = True
+                self._say(
+                    f"{self.path / name} cannot be written: {self._lost[name]}. The run goes on, and its record will "
+                    "have gaps if no room is made"
+                )
+        else:
+            self._lost.pop(name, None)
 
     def change_spec(self, spec: LaunchSpec) -> None:
         """Record another spec for this run, from here on."""
@@ -177,28 +237,42 @@ class RunFolder:
         )
 
     def state(self) -> dict[str, Any]:
-        return read_json(self.path / "state.json") or {"status": "new", "attempt": -1}
+        return (read_json(self.path / "state.json") or {"status": "new", "attempt": -1}) | self._state
 
     def set_state(self, **values: Any) -> None:
-        write_json(self.path / "state.json", self.state() | values | {"updated": time.time()})
+        self._state |= values | {"updated": time.time()}
+
+        def write() -> None:
+            write_json(self.path / "state.json", self.state())
+            self._state = {}
+
+        self.keep("state.json", write)
 
     def event(self, what: str, **values: Any) -> None:
-        line = json.dumps({"time": time.time(), "event": what} | values, separators=(",", ":"))
-        with open(self.path / "events.jsonl", "a") as file:
-            file.write(line + "\n")
+        self._events.append(json.dumps({"time": time.time(), "event": what} | values, separators=(",", ":")) + "\n")
+
+        def write() -> None:
+            _append(self.path / "events.jsonl", "".join(self._events).encode())
+            self._events = []
+
+        self.keep("events.jsonl", write)
+
+    def write(self, name: str, data: dict[str, Any]) -> None:
+        """One of the files that are written as a whole, and its folder."""
+        path = self.path / name
+
+        def write() -> None:
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            write_json(path, data)
+
+        self.keep(name, write)
 
     def write_stop(self, attempt: int, cause: str, deadline: float | None) -> None:
         """Tell the ranks why and until when, before any of them gets SIGTERM."""
-        write_json(
-            self.path / f"stop-{attempt}.json",
+        self.write(
+            f"stop-{attempt}.json",
             {"cause": cause, "deadline": deadline, "requested": time.time(), "attempt": attempt},
         )
-
-    def write_stacks(self, name: str, data: dict[str, Any]) -> None:
-        """Where all ranks were at one time; the nodes have put the whole of it beside."""
-        folder = self.path / "stacks" / name
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        write_json(folder / "groups.json", data)
 
     def logs(self, attempt: int) -> Path:
         folder = self.path / "logs" / f"attempt-{attempt}"

@@ -31,7 +31,7 @@ from launcher.progress import Progress
 from launcher.scheduling import StopWatch
 from launcher.stacks import SIGNAL, Census
 from launcher.starting import stop_signals
-from launcher.vitals import Audience
+from launcher.vitals import ANSWER, Audience
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -80,6 +80,7 @@ class Supervisor:
         spec = run.spec
         state = run.state()
         self.run = run
+        run.bear(say)
         self.gang = Gang(
             list(spec.slots),
             first_attempt=int(state.get("attempt", -1)) + 1,
@@ -363,8 +364,9 @@ class Supervisor:
 
     def _show_vitals(self) -> None:
         gang = self.gang
-        self._audience.write({"attempt": gang.attempt, "phase": gang.phase.value, "hosts": self._hosts(gang.members),
-                              "slow": [] if self._paces is None else self._paces.slow})  # fmt: skip
+        about = {"attempt": gang.attempt, "phase": gang.phase.value, "hosts": self._hosts(gang.members),
+                 "slow": [] if self._paces is None else self._paces.slow}  # fmt: skip
+        self.run.keep(ANSWER, lambda: self._audience.write(about))
 
     # -------------------------------------------------------------------------------------------- stacks
 
@@ -387,7 +389,7 @@ class Supervisor:
     def _end_census(self, census: Census) -> None:
         self._census = None
         told = census.told()
-        self.run.write_stacks(census.name, census.to_json())
+        self.run.write(f"stacks/{census.name}/groups.json", census.to_json())  # the nodes have put the whole beside
         self.run.event("stacks", name=census.name, attempt=self.gang.attempt, hang=census.hang, told=told)
         went_on = "; it goes on now" if census.hang is not None and not census.hangs else ""
         self._say(f"{census.hang or 'stacks'}{went_on}: {told} (all of it: {self.run.path / 'stacks' / census.name})")

@@ -172,4 +172,5 @@ class Audience:
         """Nobody watches any more, or the run is over."""
         self.due = self._told = None
         for name in (REQUEST, ANSWER):
-            (self.folder / name).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a disk that became read-only
+                (self.folder / name).unlink(missing_ok=True)

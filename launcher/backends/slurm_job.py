@@ -264,6 +264,7 @@ def run(folder: RunFolder, say: Callable[[str], None]) -> int:
         say(f"run {folder.run_id} is finished already (folder {folder.path}); nothing to do")
         return 0
     become_subreaper()
+    folder.bear(say)
     ledger = Ledger(**state.get("ledger", {}))
     job = Job(folder.spec, folder.path, ledger.save_s)
     record = job.before
@@ -364,6 +365,8 @@ def _conclude(
     values = {"ledger": replace(ledger, excluded=excluded).to_json(), "goes_on": again}
     cause = None if job.stop is None or outcome.status == "finished" else job.stop.cause
     folder.event("job-end", job_id=job.before.job_id, restart=job.restart, again=again, why=verdict.why, cause=cause)
+    if folder.gaps is not None:
+        say(folder.gaps)
     if outcome.status == "finished":
         folder.set_state(**values)
         say(f"run {folder.run_id} finished")
@@ -421,7 +424,7 @@ def _mark(folder: Path, job: Job, cause: str, *, by: str) -> bool:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:
         return False
-    with open(descriptor, "w") as file:
+    with contextlib.suppress(OSError), open(descriptor, "w") as file:  # on a full disk it is a marker without words
         json.dump({"cause": cause, "by": by, "time": time.time()}, file)
     return True
 
@@ -429,6 +432,7 @@ def _mark(folder: Path, job: Job, cause: str, *, by: str) -> bool:
 def _inherit(path: Path) -> int:
     """Node 0's agent, after the supervisor was killed: do what that would have done."""
     with RunFolder.open(path, None, wait_s=10) as folder:
+        folder.bear(_say)
         state = folder.state()
         job = Job(folder.spec, path)
         stop = job.stop_now(None)

@@ -15,7 +15,7 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from launcher.channel import Channel, pair
 from launcher.errors import LaunchError, UsageError
@@ -91,7 +91,7 @@ class Machines:
         self, node: int, environment: dict[str, str], cwd: str, command: list[str]
     ) -> tuple[Channel, subprocess.Popen[bytes]]:
         ours, theirs = pair()
-        with open(self._log(node), "ab") as log:
+        with self._story(node) as log:
             self._said[node] = log.tell()
             process = subprocess.Popen(
                 [*self._ssh(node), f"exec {shlex.quote(sys.executable)} -c {shlex.quote(_FIRST)}"],
@@ -190,6 +190,12 @@ class Machines:
 
     def _log(self, node: int) -> Path:
         return self._folder / f"node-{node}.log"
+
+    def _story(self, node: int) -> BinaryIO:
+        try:
+            return open(self._log(node), "ab")
+        except OSError:  # a full disk: no reason not to go there
+            return open(os.devnull, "ab")
 
     def _words(self, node: int) -> str:
         """What ssh and the host said on the latest way there, the last lines."""

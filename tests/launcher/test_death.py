@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
+import subprocess
 from typing import TYPE_CHECKING
 
 import pytest
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 LIGHT = ("--procs", "2", "--no-preload", "--show-ranks", "all")
@@ -120,3 +123,46 @@ def test_launches_at_once_all_start(launch, programs: Path, count: int) -> None:
         job.wait()
         assert job.returncode == 0, job.output
     assert len({job.run.path for job in jobs}) == count
+
+
+# Fills the disk that the run's folder is on and dies; started again it leaves well, with an argument after making room.
+FILLS = """
+import os, sys
+from pathlib import Path
+filler = Path(os.environ["LAUNCH_RUN_DIR"], "filler")
+if os.environ["LAUNCH_ATTEMPT"] == "0":
+    try:
+        with open(filler, "wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+    except OSError as error:
+        sys.exit(f"full: {error.strerror}")
+if sys.argv[1:]:
+    filler.unlink()
+print("again", flush=True)
+"""
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "none", disk], check=True)
+    yield disk
+    subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a small disk needs root")
+@pytest.mark.parametrize("room", [(), ("room",)])
+def test_a_full_disk_under_the_run_folder_ends_no_run(launch, small_disk: Path, room: tuple[str, ...]) -> None:
+    job = launch("--procs", "1", "--max-restarts", "1", "--preload", "json", "--run", small_disk / "run",
+                 launch.script(FILLS), *room)  # fmt: skip
+    assert job.returncode == 0, job.output
+    assert len(re.findall(r"cannot be written: No space left on device", job.stderr)) == 1
+    assert "rank 0 exited with code 1" in job.stderr  # its log had no room for what it said
+    assert "[0] again" in job.stdout
+    incomplete = re.search("launch: the record of this run is incomplete: .*state.json", job.stderr)
+    state = job.run.json("state.json")["status"]
+    assert (incomplete is None, state) == ((True, "finished") if room else (False, "running"))
+    if room:
+        assert [e["event"] for e in job.run.events] == ["attempt", "attempt-failed", "attempt", "end"]

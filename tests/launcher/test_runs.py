@@ -142,3 +142,38 @@ def test_stop_resume_finish(launch, programs) -> None:
     assert missing.returncode == 2
     assert "there is no run 'yours'" in missing.stderr
     assert "the latest are mine;" in missing.stderr
+
+
+def test_a_record_that_cannot_be_written_is_told_once_and_comes_later(tmp_path: Path, spec: LaunchSpec) -> None:
+    path = tmp_path / "run"
+    said: list[str] = []
+    with RunFolder.open(path, spec) as run:
+        run.bear(said.append)
+        run.event("first")
+        (path / "events.jsonl").rename(path / "kept")
+        (path / "events.jsonl").symlink_to("/dev/full")
+        run.event("lost", n=1)
+        run.event("lost", n=2)
+        run.set_state(status="running", attempt=3)
+        assert run.gaps == (
+            "the record of this run is incomplete: events.jsonl could not be written (No space left on device)"
+        )
+        (path / "kept").replace(path / "events.jsonl")
+        run.event("last")
+        assert run.gaps is None
+    assert len(said) == 1
+    assert said[0].startswith(f"{path}/events.jsonl cannot be written: No space left on device. The run goes on")
+    lines = (path / "events.jsonl").read_text().splitlines()
+    assert [json.loads(line)["event"] for line in lines] == ["first", "lost", "lost", "last"]
+
+
+def test_before_a_run_begins_its_record_must_be_written(tmp_path: Path, spec: LaunchSpec) -> None:
+    path = tmp_path / "run"
+    with RunFolder.open(path, spec) as run:
+        (path / "events.jsonl").symlink_to("/dev/full")
+        with pytest.raises(OSError, match="No space left"):
+            run.event("job")
+    (path / "run.lock").unlink()
+    (path / "run.lock").symlink_to("/dev/full")
+    with pytest.raises(RunError, match=r"run cannot be written: .*; make room, or give another with --run"):
+        RunFolder.open(path, spec)
