@@ -228,11 +228,15 @@ def test_parts_are_loaded_by_pattern_and_renamed_from_any_format(url, tmp_path):
         load_tensors(f"{url}/s2", rename={"^.*$": "w"})
 
 
-def test_ls_show_and_verify_need_no_torch(url):
+def test_ls_show_and_verify_need_no_torch(url, tmp_path):
+    save_file(state(1), tmp_path / "s1.ckpt")
     code = """
 import sys
 from trainer.checkpoint.__main__ import main
 assert [main([command, sys.argv[1]]) for command in ("ls", "show", "verify")] == [0, 0, 0]
+assert main(["verify", sys.argv[2]]) == 0
 assert "torch" not in sys.modules
 """
-    subprocess.run([sys.executable, "-c", code, f"{url}/s2"], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [sys.executable, "-c", code, f"{url}/s2", tmp_path / "s1.ckpt"], check=True, stdout=subprocess.DEVNULL
+    )

@@ -17,7 +17,8 @@ from trainer.checkpoint.contents import plain_values, read_contents, verify
 from trainer.checkpoint.folder import Folder
 from trainer.checkpoint.manifest import DAMAGED
 from trainer.checkpoint.retention import Retention
-from trainer.errors import CheckpointError, TrainerError
+from trainer.checkpoint.seal import verify_file
+from trainer.errors import CheckpointDamagedError, CheckpointError, TrainerError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -60,6 +61,7 @@ def _ls(arguments: argparse.Namespace) -> int:
 
 def _show(arguments: argparse.Namespace) -> int:
     if catalog.is_file(arguments.checkpoint):
+        # What a pickle says is read without running it by torch alone.
         return _with_tensors("show_file")(arguments)
     checkpoint = catalog.open_checkpoint(arguments.checkpoint)
     manifest, contents = checkpoint.manifest, read_contents(checkpoint)
@@ -76,13 +78,26 @@ def _show(arguments: argparse.Namespace) -> int:
 
 def _verify(arguments: argparse.Namespace) -> int:
     if catalog.is_file(arguments.checkpoint):
-        return _with_tensors("verify_file")(arguments)
+        return _verify_file(arguments)
     checkpoint = _even_if_set_aside(arguments.checkpoint)
     problems = verify(checkpoint, print)
     if not problems:
         read_contents(checkpoint)
     print("\n".join(problems) if problems else f"{checkpoint.path}: whole")
     return _BAD if problems else _OK
+
+
+def _verify_file(arguments: argparse.Namespace) -> int:
+    place = Folder.at(arguments.checkpoint)
+    try:
+        sealed = not place.name.endswith(".safetensors") and verify_file(place)[0]
+    except CheckpointDamagedError as error:
+        print(error)
+        return _BAD
+    if not sealed:
+        return _with_tensors("verify_foreign_file")(arguments)
+    print(f"{arguments.checkpoint}: whole")
+    return _OK
 
 
 def _with_tensors(name: str) -> Callable[[argparse.Namespace], int]:

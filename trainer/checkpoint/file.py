@@ -9,7 +9,6 @@ import os
 import pickle
 import tempfile
 import time
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +19,7 @@ from trainer.checkpoint.background import Alone, Background, Saved
 from trainer.checkpoint.folder import Folder
 from trainer.checkpoint.job import FileJob
 from trainer.checkpoint.saved import After
-from trainer.checkpoint.seal import COMMENT_LENGTH, TAIL_BYTES, is_sealed, is_whole
+from trainer.checkpoint.seal import COMMENT_LENGTH, verify_file
 from trainer.checkpoint.values import encode, is_dtensor
 from trainer.checkpoint.writing import blocks_of
 from trainer.errors import CheckpointDamagedError, CheckpointError, CheckpointNotFoundError
@@ -29,10 +28,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from trainer.checkpoint.snapshot import Snapshot
-
-
-# How a zip archive begins, which is what torch writes.
-_ZIP = b"PK\x03\x04"
 
 
 def save_file(
@@ -152,16 +147,10 @@ def load_file(path: str | os.PathLike[str], *, map_location: Any = "cpu", weight
     """
     place = Folder.at(path)
     try:
-        if place.local:
-            with open(place.path, "rb") as file, _mapped(file.fileno()) as content:
-                _verify(memoryview(content), place)
-            source: Any = place.path
-        else:
-            fetched = place.parent.read(place.name)
-            _verify(memoryview(fetched), place)
-            source = io.BytesIO(fetched)
+        _, fetched = verify_file(place)
     except (FileNotFoundError, IsADirectoryError) as error:
         raise CheckpointNotFoundError(f"There is no file {place}.") from error
+    source: Any = place.path if fetched is None else io.BytesIO(fetched)
     try:
         state = torch.load(source, map_location=map_location, weights_only=weights_only)
     except pickle.UnpicklingError as error:
@@ -177,29 +166,6 @@ def load_file(path: str | os.PathLike[str], *, map_location: Any = "cpu", weight
     if not isinstance(state, dict):
         raise CheckpointError(f"{place} holds a {type(state).__qualname__}, not the dict of a checkpoint.")
     return state
-
-
-def has_checksum(path: str | os.PathLike[str]) -> bool:
-    """Whether we wrote a file, so that `load_file` knows what its bytes should be."""
-    place = Folder.at(path)
-    return is_sealed(memoryview(place.fs.tail(place.path, TAIL_BYTES)))
-
-
-@contextmanager
-def _mapped(descriptor: int) -> Iterator[memoryview]:
-    """The content of an open file. (An empty one cannot be mapped.)"""
-    if os.fstat(descriptor).st_size == 0:
-        yield memoryview(b"")
-        return
-    # Not closed by hand: views of it may live a moment longer, in the frames of threads.
-    yield memoryview(mmap.mmap(descriptor, 0, prot=mmap.PROT_READ))
-
-
-def _verify(content: memoryview, place: Folder) -> None:
-    if len(content) < len(_ZIP):
-        raise CheckpointDamagedError(f"{place} is not a whole torch file: it ends after {len(content)} bytes.")
-    if is_sealed(content) and not is_whole(content):
-        raise CheckpointDamagedError(f"{place} is damaged: its checksum does not fit its content.")
 
 
 def load_checkpoint(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.checkpoint import catalog
 from trainer.checkpoint.contents import plain_values, read_contents
-from trainer.checkpoint.file import has_checksum, load_checkpoint, load_file, save_file
+from trainer.checkpoint.file import load_checkpoint, load_file, save_file
 from trainer.checkpoint.folder import Folder
 from trainer.checkpoint.shards import bytes_of
 from trainer.checkpoint.store import Store
@@ -35,17 +35,14 @@ def show_file(arguments: argparse.Namespace) -> bool:
     return True
 
 
-def verify_file(arguments: argparse.Namespace) -> bool:
-    """Read every byte of a checkpoint that is one file."""
+def verify_foreign_file(arguments: argparse.Namespace) -> bool:
+    """Read a checkpoint that is one file and has no seal of ours."""
     try:
         _read_file(arguments.checkpoint)
     except CheckpointDamagedError as error:
         print(error)
         return False
-    if has_checksum(arguments.checkpoint):
-        print(f"{arguments.checkpoint}: whole")
-    else:
-        print(f"{arguments.checkpoint}: can be read, but holds no checksum of ours; a changed byte is not noticed")
+    print(f"{arguments.checkpoint}: can be read, but holds no checksum of ours; a changed byte is not noticed")
     return True
 
 
