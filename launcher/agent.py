@@ -30,7 +30,7 @@ from launcher.hangs import EVERY_S
 from launcher.logs import NO_ROOM, Console, Forwarded, RankLog, prefix_for
 from launcher.native import Search
 from launcher.nvml import GpuWatch, of_rank
-from launcher.pace import every_s, summary
+from launcher.pace import Taken, every_s, summary
 from launcher.processes import (
     become_subreaper,
     die_with_parent,
@@ -43,7 +43,7 @@ from launcher.pulse import Beating
 from launcher.spec import LaunchSpec, keeps_terminal
 from launcher.stacks import SIGNAL
 from launcher.topology import Place, World, places, rank_environment
-from launcher.vitals import gathered
+from launcher.vitals import gathered, memory_of
 from launcher.watching import RankView
 from launcher.zygote import serve
 
@@ -487,14 +487,24 @@ class Node:
                 self._report({"stalled": {"rank": view.rank, "seconds": seconds, "tells": tells}})
 
     def _tell_pace(self) -> None:
-        """How fast the ranks are of themselves; a rank alone has nobody to be slower than."""
+        """How fast the ranks are of themselves, and what they take."""
         now, world = time.monotonic(), self._world
-        if world is None or world.size == 1 or now < self._pace_at:
+        if world is None or not self._pids or now < self._pace_at:
             return
         self._pace_at = now + every_s(len(world.slots)) - EVERY_S / 2
-        paces = [self._views[local].pace(pid, now) for local, pid in self._pids.items()]
-        if found := [pace for pace in paces if pace is not None]:
-            self._report({"pace": summary(found), "attempt": world.attempt})
+        views = {local: (self._views[local], pid) for local, pid in self._pids.items()}
+        paces = [view.pace(pid, now) for view, pid in views.values()]
+        taken = [Taken(v.rank, memory_of(pid), self._gpu_memory(local)) for local, (v, pid) in views.items()]
+        progress: Progress | None = None
+        for view, _ in views.values():
+            if (one := view.progress) is not None:
+                progress = one.and_of(progress)
+        self._report({"pace": summary(filter(None, paces), taken, progress), "attempt": world.attempt})
+
+    def _gpu_memory(self, local: int) -> int | None:
+        gpus = [] if self.spec.device == "cpu" else self._gpus.look()
+        gpu = of_rank(gpus, self.base.get("CUDA_VISIBLE_DEVICES"), local)
+        return None if gpu is None else int(gpu["used"])
 
     def _tell_vitals(self, most: int) -> None:
         """Somebody watches: what each rank does and takes. most: of how many it is to be told one by one."""

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from launcher.progress import Beat
+    from launcher.progress import Beat, Progress
 
-__all__ = ["Meter", "Pace", "Paces", "Slow", "every_s", "summary"]
+__all__ = ["Meter", "Pace", "Paces", "Slow", "Taken", "every_s", "summary"]
 
 _STEPS = 4  # the least that say anything
 _NAMED = 4  # at a time, unless a new one is worse than all of them
@@ -24,6 +24,7 @@ _EXPLAINED = 4  # of a node: the slowest, told with what the kernel says of them
 _TIMES = 1.25  # so much more than half of the ranks need
 _SHARE = 0.05  # and so much of every step is lost by it
 _STILL = 0.5  # who is named already stays so down to this part of either excess: nobody comes and goes at the border
+_MIB = 1 << 20
 _IN_A_ROW = 2  # looks, before it is named; and as many before it is said to be over
 
 
@@ -44,6 +45,15 @@ class Pace:
     step_s: float
     on_cpu: float | None = None
     for_cpu: float | None = None
+
+
+@dataclass(frozen=True)
+class Taken:
+    """Bytes of memory: of a rank and all below it, and on its GPU, if it has one."""
+
+    rank: int
+    rss: int
+    gpu: int | None = None
 
 
 @dataclass
@@ -77,11 +87,19 @@ class Meter:
         return Pace(self.rank, own_s, step_s, *shares)
 
 
-def summary(paces: Iterable[Pace]) -> dict[str, Any]:
-    """A node's message: own_s and step_s of its ranks, and what the slowest did instead."""
-    found = list(paces)
+def summary(paces: Iterable[Pace], taken: Iterable[Taken] = (), progress: Progress | None = None) -> dict[str, Any]:
+    """A node's message: own_s and step_s of its ranks, and what the slowest did instead; what all that live take; how
+    far they are.
+    """
+    found, alive = list(paces), list(taken)
     slowest = sorted(found, key=lambda p: -p.own_s)[:_EXPLAINED]
+    saved = None if progress is None or progress.saved is None else progress
     return {
+        "alive": [t.rank for t in alive],
+        "rss": [round(t.rss / _MIB, 1) for t in alive],
+        "gpu": [None if t.gpu is None else round(t.gpu / _MIB, 1) for t in alive],
+        "step": None if progress is None else progress.step,
+        "save": None if saved is None else [saved.saved, saved.save_s, saved.stall_s],
         "ranks": [p.rank for p in found],
         "own_s": [_short(p.own_s) for p in found],
         "step_s": [_short(p.step_s) for p in found],
@@ -171,8 +189,9 @@ class Paces:
             self._due = now + every_s(self.nodes)
         rows = zip(message["ranks"], message["own_s"], message["step_s"], strict=True)
         shares = message["shares"]
-        self._told[node] = _Node(host, {r: Pace(r, own, step, *shares.get(str(r), ())) for r, own, step in rows})
-        return self._compare(now) if now >= self._due else []
+        if message["ranks"]:
+            self._told[node] = _Node(host, {r: Pace(r, own, step, *shares.get(str(r), ())) for r, own, step in rows})
+        return self._compare(now) if now >= self._due and self._told else []
 
     def _compare(self, now: float) -> list[Slow]:
         self._due = now + every_s(self.nodes)

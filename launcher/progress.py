@@ -4,7 +4,7 @@ Layout, little endian: 0 u64 magic; 8 u64 step; 16 u32 phase (0 start, 1 train, 
 3 test, 4 predict, 5 save, 6 done); 20 u32 epoch; 24 u64 CLOCK_MONOTONIC ns of the last step;
 32 u64 own ns, summed over all steps: what they took without the parts in which ranks wait for each other (0: not told);
 40 u64 last saved step; 48 f64 seconds of the last save; 56 f64 loss or NaN; 64 u64 one more than the step that this
-attempt began at (0: not told).
+attempt began at (0: not told); 72 f64 seconds for which training stood still for that save.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["PAGE", "Beat", "Progress"]
 
 PAGE = 128
 _MAGIC = 0x4D55535445520002
-_LAYOUT = struct.Struct("<QQIIQQQddQ")
+_LAYOUT = struct.Struct("<QQIIQQQddQd")
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Beat:
     @classmethod
     def of_page(cls, page: mmap.mmap | bytes) -> Beat | None:
         """What a rank has filled in; None if it never did."""
-        magic, step, phase, _, ns, own_ns, _, _, loss, _ = _LAYOUT.unpack_from(page)
+        magic, step, phase, _, ns, own_ns, _, _, loss, _, _ = _LAYOUT.unpack_from(page)
         if magic != _MAGIC:
             return None
         return cls(step, phase, ns / 1e9, own_ns / 1e9 if own_ns else None, None if math.isnan(loss) else loss)
@@ -60,18 +60,20 @@ class Progress:
     """What one attempt did. Steps are the program's own count.
 
     began: the step it went on from; step: its last; saved: the step of its last checkpoint; save_s: how long the
-    slowest rank took for that one. None: the program did not say, or has not saved.
+    slowest rank took for that one; stall_s: for how long training stood still for it. None: the program did not say,
+    or has not saved.
     """
 
     step: int
     began: int | None = None
     saved: int | None = None
     save_s: float | None = None
+    stall_s: float | None = None
 
     @classmethod
     def of_page(cls, page: mmap.mmap | bytes) -> Progress | None:
         """What a rank has filled in; None if it never did."""
-        magic, step, _, _, _, _, saved, save_s, _, began = _LAYOUT.unpack_from(page)
+        magic, step, _, _, _, _, saved, save_s, _, began, stall_s = _LAYOUT.unpack_from(page)
         if magic != _MAGIC:
             return None
         # A save takes some time; a page without one says 0 in 0 s.
@@ -81,6 +83,7 @@ class Progress:
             began=began - 1 if began else None,
             saved=saved if wrote else None,
             save_s=save_s if wrote else None,
+            stall_s=stall_s or None if wrote else None,
         )
 
     def and_of(self, other: Progress | None) -> Progress:
@@ -92,6 +95,7 @@ class Progress:
             began=_most(self.began, other.began),
             saved=_most(self.saved, other.saved),
             save_s=_most(self.save_s, other.save_s),
+            stall_s=_most(self.stall_s, other.stall_s),
         )
 
     def to_json(self) -> dict[str, Any]:

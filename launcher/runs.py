@@ -6,6 +6,7 @@ events.jsonl            one line per thing that happened, appended
 failure.json            the first failure of the last failed attempt
 stop-<attempt>.json     cause and deadline of a stop request, written before the ranks are told
 logs/attempt-<n>/rank-<r>.log   everything that rank printed
+samples.jsonl           what the ranks took over time: steps, memory, saves; bounded
 stacks/attempt-<n>-<time>/      where all ranks were, after a hang or when somebody asked
 run.lock                held while a launch works on the run
 """

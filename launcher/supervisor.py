@@ -28,6 +28,7 @@ from launcher.logs import Relay
 from launcher.pace import Paces
 from launcher.processes import allow_files, end_descendants, kill_tree, reap, start_ticks
 from launcher.progress import Progress
+from launcher.samples import Recorder
 from launcher.scheduling import StopWatch
 from launcher.stacks import SIGNAL, Census
 from launcher.starting import stop_signals
@@ -101,6 +102,7 @@ class Supervisor:
         self._watch = None if scheduler is None else StopWatch(scheduler, spec)
         self._census: Census | None = None  # of stacks, while nodes still answer
         self._paces: Paces | None = None
+        self._samples = Recorder(run.path, sum(spec.slots), len(spec.slots))
         self._audience = Audience(run.path)
         self._roll = None if fleet is None else Roll(fleet)
         self._remains = None if fleet is None else Remains(fleet)
@@ -346,6 +348,7 @@ class Supervisor:
         """A node tells how fast its ranks are: name those that hold up the others."""
         if self.gang.phase is not Phase.RUNNING or attempt != self.gang.attempt or agent.index is None:
             return
+        self._samples.take(attempt, pace, time.monotonic())
         if self._paces is None or self._paces.attempt != attempt:
             self._paces = Paces(attempt, len(self.gang.nodes))
         for slow in self._paces.told(agent.index, agent.host, pace, time.monotonic()):
@@ -694,6 +697,7 @@ class Supervisor:
 
     def _put_down(self) -> None:
         """Nothing that was started here is left, however this ends."""
+        self._samples.close(time.monotonic())
         if self._step is not None:
             self._end_step(4 if self._ran and not self.unreachable else 0.1)
         for agent in self._crew:

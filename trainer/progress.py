@@ -3,7 +3,7 @@
 `LAUNCH_PROGRESS` names a file that is mapped once; after that a step writes a few numbers into memory, with no
 system call. Layout, little endian: 0 u64 magic; 8 u64 step; 16 u32 phase; 20 u32 epoch; 24 u64 CLOCK_MONOTONIC ns of
 the last step; 32 u64 own ns; 40 u64 last saved step; 48 f64 seconds of the last save; 56 f64 loss or NaN; 64 u64 one
-more than the step that this attempt began at (0: not told).
+more than the step that this attempt began at (0: not told); 72 f64 seconds that training stood still for that save.
 
 Own ns is the sum over all steps of the time from the end of one backward to the begin of the next: optimizer, hooks,
 data and forward. Ranks that exchange gradients all take as long as the slowest of them, since they wait for it in the
@@ -31,6 +31,7 @@ _STEP = struct.Struct("<QIIQQ")  # at 8: step, phase, epoch, nanoseconds, own na
 _PHASE = struct.Struct("<I")  # at 16
 _SAVED = struct.Struct("<Qd")  # at 40: step, seconds
 _LOSS = struct.Struct("<d")  # at 56
+_STALL = struct.Struct("<d")  # at 72
 _BEGAN = struct.Struct("<Q")  # at 64
 
 
@@ -78,8 +79,9 @@ class ProgressPage:
         """A step is done."""
         _STEP.pack_into(self.buffer, 8, step, phase, epoch, time.monotonic_ns(), self.own_ns)
 
-    def saved(self, step: int, seconds: float) -> None:
-        """A checkpoint of `step` is durable; writing it took `seconds`."""
+    def saved(self, step: int, seconds: float, stall_s: float) -> None:
+        """A checkpoint of `step` is durable; writing it took `seconds`, and training stood still for `stall_s`."""
+        _STALL.pack_into(self.buffer, 72, stall_s)
         _SAVED.pack_into(self.buffer, 40, step, seconds)
 
     def close(self) -> None:

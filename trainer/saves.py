@@ -177,7 +177,7 @@ class Saves:
         if saved is not None and saved.seconds is not None:
             self.cost = Cost(self._stall_s, saved.seconds)
             if trainer.page is not None:
-                trainer.page.saved(saved.step, saved.seconds)
+                trainer.page.saved(saved.step, saved.seconds, self._stall_s)
         run = trainer.fit_run
         if run is not None and unawaited and (saved is None or trainer.world_size == 1):
             run.agreement.call()

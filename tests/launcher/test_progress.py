@@ -43,4 +43,4 @@ def test_the_record_of_each_attempt_has_its_steps(launch) -> None:
     assert (first["began"], first["step"], first["saved"]) == (None, 8, 5)
     assert first["save_s"] in (0.25, 0.5)  # rank 0 may be killed before it has written anything
     assert (second["began"], second["step"], second["saved"]) == (5, 5, None)
-    assert last == {"step": 10, "began": 5, "saved": None, "save_s": None}
+    assert last == {"step": 10, "began": 5, "saved": None, "save_s": None, "stall_s": None}
