@@ -65,8 +65,9 @@ class Crew:
     def __len__(self) -> int:
         return len(self._agents)
 
-    def __getitem__(self, node: int) -> Agent:
-        return self._of[node]
+    def of(self, node: int) -> Agent | None:
+        """Its agent, as long as that is here."""
+        return self._of.get(node)
 
     def spawn(self, node: int | None) -> None:
         """Start an agent, for a node or for whichever place is free."""

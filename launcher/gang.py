@@ -38,13 +38,16 @@ class Phase(Enum):
 
 @dataclass(frozen=True)
 class Outcome:
-    """How the run ended: `status` is finished, stopped or failed; `code` is what launch exits with."""
+    """How the run ended: `status` is finished, stopped or failed; `code` is what launch exits with; `world_size`: of
+    its last attempt, 0 if none has begun.
+    """
 
     status: str
     code: int
     cause: str
     root: RootCause | None = None
     fault: Fault | None = None
+    world_size: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True)
@@ -429,5 +432,5 @@ class Gang:
 
     def _end(self, outcome: Outcome) -> list[Action]:
         self.phase = Phase.ENDED
-        self.outcome = outcome
-        return [Action("end", outcome=outcome)]
+        self.outcome = replace(outcome, world_size=sum(self.nodes[i].procs for i in self.members))
+        return [Action("end", outcome=self.outcome)]

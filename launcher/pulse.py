@@ -8,6 +8,7 @@ a scheduler, a long message) stops them. No rank sends any.
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 import time
 from typing import TYPE_CHECKING
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from launcher.channel import Channel, Link
 
-__all__ = ["Beating", "Presence", "Pulse"]
+__all__ = ["Beating", "Presence", "Pulse", "Ran"]
 
 _BEAT_S = 1.0
 # Beside 8 busy processes on 2 cores, at a load of 19, and with a busy main thread of its own, signs came at worst
@@ -25,6 +26,7 @@ _LATE_S = 2.0
 _SILENT_S = 4.0
 _LOOK_S = 0.25
 _HELD_S = 600.0
+_FORGIVEN_S = 15.0
 
 
 class Pulse:
@@ -68,24 +70,44 @@ class Pulse:
         return late, {node: seconds for node, seconds in quiet.items() if seconds > _SILENT_S}
 
 
+class Ran:
+    """When a process has run, to find that it stood still; the clock is the caller's."""
+
+    def __init__(self, now: float) -> None:
+        self._last = now
+        self._woke = -math.inf
+
+    def on(self, now: float) -> None:
+        """It runs."""
+        if now - self._last > _SILENT_S:
+            self._woke = now
+        self._last = now
+
+    def stood_still(self, now: float) -> bool:
+        """Whether it stood still until now, or a moment ago, for so long that others have given it up.
+
+        It hears of that within seconds of waking up; if it does not, nobody has, and what happens later is another
+        matter.
+        """
+        return now - self._last > _SILENT_S or now - self._woke < _FORGIVEN_S
+
+
 class Beating:
     """Says over `link` every second that this process is there, from a thread. To be begun after the last fork."""
 
     def __init__(self, link: Link) -> None:
         self._link = link
-        self._last = time.monotonic()
-        self._stood_still = False
+        self._ran = Ran(time.monotonic())
         threading.Thread(target=self._beat, name="beat", daemon=True).start()
 
     @property
     def stood_still(self) -> bool:
-        """Whether this process did not run for so long that it counts as lost."""
-        return self._stood_still or time.monotonic() - self._last > _SILENT_S
+        """Whether this process counts as lost, because it did not run for so long."""
+        return self._ran.stood_still(time.monotonic())
 
     def _beat(self) -> None:
         while not self._link.closed:
-            self._stood_still = self.stood_still
-            self._last = time.monotonic()
+            self._ran.on(time.monotonic())
             try:
                 self._link.send({"beat": True})
             except OSError:

@@ -75,6 +75,6 @@ def _failure(run: RunFolder, attempt: int, outcome: Outcome) -> None:
 def report(outcome: Outcome, run: RunFolder) -> str:
     """The last words on the screen after a failure."""
     if outcome.root is not None:
-        return render(outcome.root, run.spec.world_size, "" if outcome.fault is None else str(outcome.fault))
+        return render(outcome.root, outcome.world_size, "" if outcome.fault is None else str(outcome.fault))
     fault = "" if outcome.fault is None else f"\nclass of fault: {outcome.fault.kind}"
     return f"{outcome.cause}{fault}\n\nlogs: {run.path / 'logs'}"

@@ -48,6 +48,7 @@ __all__ = ["Supervisor"]
 # From the moment at which a node's ranks are to be dead to the one at which it is given up: its agent is stopped, or a
 # rank sleeps in the kernel and cannot be killed.
 _PATIENCE_S = 10.0
+_CONSOLES_WITHIN_S = 10.0
 _FENCED_WITHIN_S = 5.0  # what a stopped agent left on a host that can be reached
 _FILES_EACH, _FILES_OWN = 3, 50  # the connection of a node, the process that leads to it, a new way beside an old one
 _SHOWN_EVERY_S = 30.0  # a write to a shared file system
@@ -414,9 +415,9 @@ class Supervisor:
         for node, seconds in late.items():
             self.run.event("late", node=node, host=self._host_of[node], seconds=round(seconds, 2))
         for node, seconds in silent.items():
-            agent = self._crew[node]
-            who = f"{agent.host} " if agent.process is None else ""
-            self._give_up(agent, f"{who}no longer answers, nothing was heard for {seconds:.1f} s")
+            if (agent := self._crew.of(node)) is not None:  # giving another up may have ended all of a step
+                who = f"{agent.host} " if agent.process is None else ""
+                self._give_up(agent, f"{who}no longer answers, nothing was heard for {seconds:.1f} s")
 
     def _hear(self, agent: Agent) -> None:
         try:
@@ -681,7 +682,12 @@ class Supervisor:
 
         srun waits for a node that no longer answers, and for its sake nobody else needs to.
         """
-        deadline = time.monotonic() + (2.0 if self.unreachable else 10.0)
+        deadline = time.monotonic() + (2.0 if self.unreachable else _CONSOLES_WITHIN_S)
+        for agent in self._crew:
+            if not agent.joined and agent.process is not None:  # it has nothing to say, and its host may be dead
+                self._crew.drop(agent)
+                agent.process.kill()
+                agent.process.wait()
         while self._roll is not None and self._crew and time.monotonic() < deadline:
             self._turn()  # their consoles come by the same way
         for agent in self._crew:
@@ -700,10 +706,12 @@ class Supervisor:
         self._samples.close(time.monotonic())
         if self._step is not None:
             self._end_step(4 if self._ran and not self.unreachable else 0.1)
+        left = [agent.process for agent in self._crew if agent.process is not None]
         for agent in self._crew:
             self._crew.drop(agent)  # an agent without its supervisor stops its ranks and leaves
-            if agent.process is not None:
-                reap(agent.process, 4 if self._ran else 0.1)
+        deadline = time.monotonic() + (4 if self._ran else 0.1)
+        for process in left:
+            reap(process, max(0.01, deadline - time.monotonic()))
         if self._remains is not None:
             self._remains.close(_FENCED_WITHIN_S)
         end_descendants()

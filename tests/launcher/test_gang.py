@@ -7,6 +7,7 @@ import pytest
 from launcher.failure import RankExit
 from launcher.gang import Gang, Phase
 from launcher.progress import Progress
+from launcher.record import report
 from launcher.topology import unpacked
 
 
@@ -623,3 +624,14 @@ def test_an_agent_that_is_lost_after_all_ranks_were_done_does_not_matter() -> No
         g.rank_exited(0, ended(rank, 0))
     g.node_drained(0, 0)
     assert brief(g.node_gone(1, "killed"))[-1] == "end finished 0"
+
+
+def test_the_last_words_count_the_ranks_that_there_were(tmp_path) -> None:
+    g = gang(nodes=3, procs=2, least=2)
+    g.node_here(0, 2, "a")
+    g.node_here(1, 2, "b")
+    g.call_over()
+    g.store_ready(0, "a", 99)
+    out(g, ended(1, 3, node=0), ended(2, -15, asked=True, node=1))
+    assert g.outcome is not None
+    assert report(g.outcome, None).startswith("rank 1 of 4 on host ")  # type: ignore[arg-type]  # it has a first rank

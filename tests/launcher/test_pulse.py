@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from launcher.channel import Channel, PipeChannel, pair
-from launcher.pulse import Beating, Presence, Pulse
+from launcher.pulse import Beating, Presence, Pulse, Ran
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -64,6 +64,22 @@ def test_who_looks_too_late_does_not_blame_the_others() -> None:
     assert pulse.look(3601.5) == ({}, {})
     late, silent = looks(pulse, 3601.75, 3608.0)
     assert (set(late), set(silent)) == ({0}, {0})
+
+
+def test_who_stood_still_and_was_not_given_up_may_forget_it() -> None:
+    ran = Ran(0.0)
+    for at in range(1, 11):
+        assert not ran.stood_still(at)
+        ran.on(at)
+    assert not ran.stood_still(13.9)
+    assert ran.stood_still(14.1)  # and it has just come to look
+    ran.on(60.0)
+    for at in range(60, 75):
+        ran.on(at)
+        assert ran.stood_still(at + 0.5)  # the word that it was given up may be on its way
+    ran.on(75.0)
+    assert not ran.stood_still(75.5)
+    assert ran.stood_still(80.0)
 
 
 def test_signs_come_while_the_main_thread_is_busy_sending_and_tear_no_message() -> None:
