@@ -36,10 +36,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Content:
-    """What a rank writes: its bytes, cut at BLOCK. descriptor: of the memory file that holds just them, if one does."""
+    """What a rank writes: its bytes, cut at BLOCK.
+
+    descriptor: of the memory file that holds just them, if one does. awaited: training stands still meanwhile.
+    """
 
     blocks: Iterable[memoryview]
     descriptor: int | None = None
+    awaited: bool = False
 
 
 def write_part(folder: Folder, record: Record, content: Content) -> None:
@@ -60,7 +64,7 @@ def write_part(folder: Folder, record: Record, content: Content) -> None:
         for stretch in record.stretches:
             hashed = _hashed(_of_stretch(blocks, stretch.size), checksums)
             if content.descriptor is None or folder.local:
-                folder.write_blocks(stretch.name, hashed)
+                folder.write_blocks(stretch.name, hashed, early=content.awaited)
             else:
                 _exhaust(hashed)
         checked = False
