@@ -19,10 +19,11 @@ import click
 from launcher import commands, index, runs, snapshot
 from launcher.arrays import Array
 from launcher.errors import ClusterError, RunError, UsageError
-from launcher.request import parse, slurm_name
+from launcher.request import parse
 from launcher.spec import keeps_terminal
 from launcher.standing import look
 from launcher.starting import launch_apart
+from launcher.where import slurm_name
 
 if TYPE_CHECKING:
     import socket

@@ -1,10 +1,9 @@
-"""Options -> what is to be done: the checked spec, under which name, and where."""
+"""Options -> what is to be done: the checked spec, and under which name."""
 
 from __future__ import annotations
 
 import os
 import re
-import shutil
 import socket
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,20 +12,14 @@ from typing import TYPE_CHECKING, Any, Literal
 from launcher import sweep
 from launcher.errors import UsageError
 from launcher.hardware import find_gpus
-from launcher.hosts import parse as parse_hosts
 from launcher.options import REFUSED, SBATCH, read
 from launcher.spec import LaunchSpec, Meeting, Output, Program, Slurm, Ssh
+from launcher.where import Surroundings, Where, least_and_most, many, spares_of, where_to_run
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from launcher.hosts import Host
-
-__all__ = ["Request", "Surroundings", "parse", "slurm_name"]
-
-# Asking for one of these is asking for a new job.
-_SUBMITS = (*SBATCH, "detach", "dry_run", "cpus_per_rank", "sbatch", "setup", "requeue", "max_timeouts", "stop_lead")
-
+__all__ = ["Request", "parse"]
 
 _INSTEAD = {
     "requeue": "; see --requeue",
@@ -35,37 +28,6 @@ _INSTEAD = {
     "output": ": a file in the run folder",
     "error": ": a file in the run folder",
 }
-
-
-@dataclass(frozen=True)
-class Surroundings:
-    """Where `launch` was called: what decides between running here and submitting.
-
-    sbatch: whether a job can be submitted; job: the allocation that this process has; nodes: how many it has; step:
-    whether srun started this process, as one of `tasks` on `step_nodes` nodes.
-    """
-
-    sbatch: bool = False
-    job: str | None = None
-    nodes: int = 1
-    step: bool = False
-    tasks: int = 1
-    step_nodes: int = 1
-
-    @classmethod
-    def of(cls, environ: Mapping[str, str]) -> Surroundings:
-        """Read from the environment that Slurm gives to what it starts."""
-        job = environ.get("SLURM_JOB_ID")
-        step = environ.get("SLURM_STEP_ID", "")
-        return cls(
-            sbatch=shutil.which("sbatch") is not None,
-            job=job,
-            nodes=int(environ.get("SLURM_JOB_NUM_NODES", "1")),
-            # Large numbers are Slurm's own steps: salloc's shell is one where a site wants it on the first node.
-            step=job is not None and step.isdecimal() and int(step) < 1 << 31,
-            tasks=int(environ.get("SLURM_STEP_NUM_TASKS", "1")),
-            step_nodes=int(environ.get("SLURM_STEP_NUM_NODES", "1")),
-        )
 
 
 @dataclass(frozen=True)
@@ -92,7 +54,7 @@ class Request:
 def parse(argv: Sequence[str], surroundings: Surroundings | None = None) -> Request:
     """What a command line asks for, checked. Raises `UsageError`."""
     o = read(argv)
-    where = _where(o, Surroundings.of(os.environ) if surroundings is None else surroundings)
+    where = where_to_run(o, Surroundings.of(os.environ) if surroundings is None else surroundings)
     spec = _spec_from(o, where)
     place = "meeting" if spec.meeting is not None else where.place
     elements, throttle = _elements(o)
@@ -114,7 +76,7 @@ def parse(argv: Sequence[str], surroundings: Surroundings | None = None) -> Requ
 
 
 def _elements(o: Mapping[str, Any]) -> tuple[dict[int, tuple[str, ...]] | None, int | None]:
-    if not _many(o):
+    if not many(o):
         return None, None
     if o["sweep"] and o["sweep_file"]:
         raise UsageError("--sweep and --sweep-file both say what to run: give one of them")
@@ -124,117 +86,7 @@ def _elements(o: Mapping[str, Any]) -> tuple[dict[int, tuple[str, ...]] | None, 
     return sweep.choose(o["array"], arguments)
 
 
-def _many(o: Mapping[str, Any]) -> bool:
-    return any(o[name] for name in ("array", "sweep", "sweep_file"))
-
-
-def slurm_name(environ: Mapping[str, str]) -> str:
-    """The job, and element of an array, and step of srun's, that this is in: the same again after a requeue."""
-    job = environ["SLURM_JOB_ID"]
-    if "SLURM_ARRAY_TASK_ID" in environ:
-        job = f"{environ['SLURM_ARRAY_JOB_ID']}_{environ['SLURM_ARRAY_TASK_ID']}"
-    step = environ.get("SLURM_STEP_ID")
-    return job if step is None or not Surroundings.of(environ).step else f"{job}.{step}"
-
-
-@dataclass(frozen=True)
-class _Where:
-    place: Literal["here", "meeting", "hosts", "job", "allocation", "step"]
-    nodes: int  # if no option says
-    sbatch: bool
-    hosts: tuple[Host, ...] = ()
-
-
-def _where(o: Mapping[str, Any], s: Surroundings) -> _Where:
-    """Where to run: what `--backend` says, else what the options and the surroundings imply."""
-    # A default from a file says how to submit, not that it is to be done.
-    asked = [f"--{name.replace('_', '-')}" for name in _SUBMITS if o[name] and name in o["given"]]
-    if o["backend"] == "local":
-        if asked:
-            raise UsageError(f"{asked[0]} is for a Slurm job, --backend local runs here: leave one of them out")
-        return _Where("here", 1, s.sbatch)
-    by_hand = any(o[name] is not None for name in ("rdzv_endpoint", "node_rank", "master_addr")) or o["standalone"]
-    if o["backend"] == "ssh" or "hosts" in o["given"]:
-        if o["backend"] == "slurm" and "backend" in o["given"]:
-            raise UsageError("--hosts runs by ssh, --backend slurm submits a job: leave one of them out")
-        asked = [flag for flag in asked if flag != "--detach"]
-        return _on_hosts(o, s, [*asked, *(["--rdzv-endpoint and the like"] if by_hand else [])])
-    slurm = o["backend"] == "slurm" and ("backend" in o["given"] or not (by_hand or s.job))
-    if slurm or (asked and s.job is None):
-        if not s.sbatch:
-            why = asked[0] if asked else "--backend slurm"
-            raise UsageError(
-                f"{why} submits a Slurm job, but there is no sbatch on {socket.gethostname()}; "
-                "--backend local runs here"
-            )
-        return _Where("job", 1, True)
-    if s.job is not None:
-        if asked:
-            raise UsageError(
-                f"{asked[0]} asks for a new job, but this is inside job {s.job}: leave it out to run in this "
-                "allocation, or add --backend slurm to submit another job"
-            )
-        if _many(o):
-            raise UsageError(
-                f"an array or a sweep is a job of its own, and this is inside job {s.job}: add --backend slurm to "
-                "submit it, or --backend local to run its elements on this node"
-            )
-        if s.step and s.tasks > s.step_nodes:
-            raise UsageError(
-                f"srun started {s.tasks} tasks on {s.step_nodes} node(s), but launch starts the ranks of a node "
-                "itself: give srun --ntasks-per-node=1, or leave srun out"
-            )
-        if not by_hand:
-            if s.step and s.step_nodes == 1:
-                return _Where("here", 1, True)
-            return _Where("step" if s.step else "allocation", s.step_nodes if s.step else s.nodes, True)
-    if (o["nodes"] is not None or _many(o)) and s.sbatch and not by_hand:
-        return _Where("job", 1, True)
-    if _many(o) and by_hand:
-        raise UsageError("an array or a sweep starts its nodes itself: leave --rdzv-endpoint and --node-rank out")
-    return _Where("here", 1, s.sbatch)
-
-
-def _on_hosts(o: Mapping[str, Any], s: Surroundings, others: list[str]) -> _Where:
-    if others:
-        raise UsageError(f"{others[0]}: not with --hosts, whose nodes ssh starts at once")
-    if _many(o):
-        raise UsageError("an array or a sweep runs on Slurm or on this machine, not on --hosts")
-    if not o["hosts"]:
-        raise UsageError("--backend ssh: say where with --hosts a,b or --hosts @FILE")
-    hosts = parse_hosts(o["hosts"], Path.cwd())
-    spares = _spares(o)
-    if o["nodes"] is None:
-        count = len(hosts) - spares
-        if count < 1:
-            raise UsageError(f"--spares {spares}: --hosts names {len(hosts)}, and at least one of them must work")
-    else:
-        _, count = _least_and_most("--nodes", o["nodes"])
-        if count + spares > len(hosts):
-            more = f" and --spares {spares}" if spares else ""
-            raise UsageError(f"--nodes {o['nodes']}{more}: --hosts names {len(hosts)}")
-    return _Where("hosts", count, s.sbatch, hosts[: count + spares])
-
-
-def _spares(o: Mapping[str, Any]) -> int:
-    spares = o["spares"]
-    if not isinstance(spares, int) or spares < 0:
-        raise UsageError(f"--spares {spares}: give a whole number >= 0")
-    return spares
-
-
-def _least_and_most(flag: str, text: str) -> tuple[int, int]:
-    """`4` or `2:4`."""
-    if not re.fullmatch(r"\d+(:\d+)?", text):
-        raise UsageError(f"{flag} {text!r}: give N or MIN:MAX")
-    least, _, most = text.partition(":")
-    found = int(least), int(most or least)
-    if not 1 <= found[0] <= found[1]:
-        raise UsageError(f"{flag} {text}: give N >= 1, or MIN:MAX with 1 <= MIN <= MAX")
-    return found
-
-
-def _ssh(o: Mapping[str, Any], where: _Where, procs: int) -> Ssh | None:
+def _ssh(o: Mapping[str, Any], where: Where, procs: int) -> Ssh | None:
     if where.place != "hosts":
         return None
     given = any(o[name] is not None for name in ("gpus", "procs", "nproc_per_node"))
@@ -260,7 +112,7 @@ def _environment(o: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def _spec_from(o: dict[str, Any], where: _Where) -> LaunchSpec:
+def _spec_from(o: dict[str, Any], where: Where) -> LaunchSpec:
     _refuse_unsupported(o)
     cwd = Path.cwd()
     program = _program(o)
@@ -285,7 +137,7 @@ def _spec_from(o: dict[str, Any], where: _Where) -> LaunchSpec:
         cwd=str(cwd),
         nodes=nodes,
         least=None if least == nodes else least,
-        spares=_spares(o),
+        spares=spares_of(o),
         procs=procs,
         device=device,
         max_restarts=restarts,
@@ -340,15 +192,15 @@ def _program(o: dict[str, Any]) -> Program:
     return Program(kind, target, tuple(args))  # type: ignore[arg-type]  # one of the three literals
 
 
-def _nodes(o: dict[str, Any], where: _Where) -> tuple[int, int, Meeting | None]:
+def _nodes(o: dict[str, Any], where: Where) -> tuple[int, int, Meeting | None]:
     """The least and the most nodes of an attempt, and where they meet if each is started by somebody else."""
     if o["nodes"] is not None and o["nnodes"] is not None:
         raise UsageError("--nodes and --nnodes are the same thing: give one of them")
-    spares = _spares(o)
+    spares = spares_of(o)
     least = nodes = where.nodes - spares if where.place == "allocation" else where.nodes
     for name in ("nodes", "nnodes"):
         if o[name] is not None:
-            least, nodes = _least_and_most(f"--{name}", o[name])
+            least, nodes = least_and_most(f"--{name}", o[name])
     by_hand = o["rdzv_endpoint"] or o["node_rank"] is not None or o["master_addr"]
     if o["standalone"] and nodes > 1:
         raise UsageError(f"--standalone is one node, --nnodes asks for {nodes}")
@@ -434,7 +286,7 @@ def _seconds(text: str) -> float:
         raise UsageError(f"--rdzv-conf: {error}; give seconds") from error
 
 
-def _procs(o: dict[str, Any], where: _Where) -> tuple[int, Any]:
+def _procs(o: dict[str, Any], where: Where) -> tuple[int, Any]:
     given = [f"--{n.replace('_', '-')}" for n in ("gpus", "procs", "nproc_per_node") if o[n] is not None]
     if len(given) > 1:
         raise UsageError(f"{' and '.join(given)} both say how many ranks a node has: give one of them")
@@ -482,13 +334,13 @@ def _procs_elsewhere(o: dict[str, Any]) -> tuple[int, Any]:
     return int(o["nproc_per_node"] or 1), "any"
 
 
-def _slurm(o: dict[str, Any], where: _Where, nodes: tuple[int, int], procs: int, device: str) -> Slurm | None:
+def _slurm(o: dict[str, Any], where: Where, nodes: tuple[int, int], procs: int, device: str) -> Slurm | None:
     if where.place not in ("job", "allocation"):
         return None
     options: dict[str, str | int | bool] = {}
     if where.place == "job":
         least, most = nodes
-        places = most + _spares(o)
+        places = most + spares_of(o)
         if least < most:
             # With --ntasks-per-node 22.05 gives the least of a range even where all nodes are idle.
             options["nodes"] = f"{least}-{places}"

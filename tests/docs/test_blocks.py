@@ -16,7 +16,8 @@ import pytest
 from launcher import commands as subcommands
 from launcher import jobs
 from launcher.launching import RETRY
-from launcher.request import Surroundings, parse
+from launcher.request import parse
+from launcher.where import Surroundings
 from tests.docs.pages import blocks, commands, pages
 from trainer import prove
 from trainer.checkpoint import __main__ as ckpt

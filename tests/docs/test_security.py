@@ -13,7 +13,8 @@ import torch
 
 import trainer as T
 from launcher.backends.slurm import executor
-from launcher.request import Surroundings, parse
+from launcher.request import parse
+from launcher.where import Surroundings
 from tests.docs.pages import REPO
 from trainer.checkpoint import Store, load_checkpoint
 from trainer.errors import CheckpointError

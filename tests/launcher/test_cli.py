@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from launcher import options, request
 from launcher.errors import UsageError
+from launcher.where import Surroundings
 
 COMMAND = str(Path(sys.executable).with_name("launch"))
 
@@ -29,7 +30,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def spec_of(*arguments: str):
-    return request.parse([*arguments, "job.py"], request.Surroundings()).spec
+    return request.parse([*arguments, "job.py"], Surroundings()).spec
 
 
 CPUS = os.cpu_count()

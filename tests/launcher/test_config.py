@@ -11,7 +11,8 @@ import pytest
 
 from launcher import config, options
 from launcher.errors import UsageError
-from launcher.request import Surroundings, parse
+from launcher.request import parse
+from launcher.where import Surroundings
 
 
 @pytest.fixture

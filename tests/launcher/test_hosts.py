@@ -9,8 +9,8 @@ import pytest
 
 from launcher.errors import UsageError
 from launcher.hosts import Host, parse
-from launcher.request import Surroundings
 from launcher.request import parse as parse_request
+from launcher.where import Surroundings
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from launcher.errors import UsageError
-from launcher.request import Surroundings, parse, slurm_name
+from launcher.request import parse
+from launcher.where import Surroundings, slurm_name
 
 if TYPE_CHECKING:
     from pathlib import Path
