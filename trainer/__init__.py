@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from trainer.combined import CombinedLoader
     from trainer.data import DataModule
     from trainer.data import DataModule as LightningDataModule
+    from trainer.guard import Guard
     from trainer.module import Module
     from trainer.module import Module as LightningModule
     from trainer.parallel import DDP, FSDP
@@ -39,6 +40,7 @@ _HOME = {
     "DDP": "trainer.parallel",
     "DataModule": "trainer.data",
     "FSDP": "trainer.parallel",
+    "Guard": "trainer.guard",
     "LightningCLI": "trainer.cli",
     "LightningDataModule": "trainer.data",
     "LightningModule": "trainer.module",
@@ -58,6 +60,7 @@ __all__ = [
     "Callback",
     "CombinedLoader",
     "DataModule",
+    "Guard",
     "LightningCLI",
     "LightningDataModule",
     "LightningModule",

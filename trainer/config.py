@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from trainer.callbacks import Callback
+    from trainer.guard import Guard
     from trainer.loggers import Logger
     from trainer.parallel import Parallel
     from trainer.profilers import Profiler
@@ -119,6 +120,8 @@ class Config:
     compile: whether torch.compile compiles the steps (with FSDP2: each sharded unit), or a dict of its backend, mode,
         options, dynamic (False by default: every shape for itself) and fullgraph, and of blocks: a class of layers (or
         several) of which each is compiled for itself, which takes less time at the start.
+    guard: whether steps whose gradients are not finite, or many times what they were, are undone and their batches left
+        out, or a `trainer.Guard` that says when and how often.
     virtual_ranks: so many fixed shares per batch, whose weights come out the same to the bit on any number of ranks up
         to that; batch sizes are per share. See `trainer.virtual`.
     """
@@ -165,6 +168,7 @@ class Config:
     enable_autolog_hparams: bool = True
     resume: str = "exact"
     compile: bool | dict[str, Any] = False
+    guard: bool | Guard = False
     virtual_ranks: int | None = None
 
     # Seconds between validations where val_check_interval is a duration.
@@ -206,6 +210,12 @@ class Config:
             from trainer.compiling import check_compile  # imports torch's compiler
 
             self._set(compile=check_compile(self.compile) or False)
+        if self.guard is not False:
+            from trainer.guard import Guard
+
+            good = self.guard is None or self.guard is True or isinstance(self.guard, Guard)
+            _require(good, "guard", self.guard, "True, False, or a trainer.Guard(...)")
+            self._set(guard=Guard() if self.guard is True else self.guard or False)
         if self.virtual_ranks is not None:
             self._check_virtual_ranks()
         if self.default_root_dir is not None:
@@ -324,6 +334,7 @@ _WITH_VIRTUAL_RANKS: dict[str, tuple[Any, ...]] = {
     "sync_batchnorm": (False,),
     "use_distributed_sampler": (True,),
     "compile": (False,),
+    "guard": (False,),
 }
 _BAREBONES_OFF = (
     "enable_checkpointing", "logger", "enable_progress_bar", "log_every_n_steps", "enable_model_summary",

@@ -10,6 +10,7 @@
     |   |-- CheckpointNotFoundError   there is none at this place: look at the path
     |   |-- CheckpointDamagedError    its bytes are not those that were written: take an older one
     |   |-- CheckpointWriteError      the store refused or lost it: look at the disk or the service
+    |-- DivergedError      gradients are not finite, or spike, wherever training goes on: change the training
     |-- DistributedError   the ranks did not meet, or one of them is gone: look at the other ranks
 
 A message says what was given, what is allowed, and what to do.
@@ -63,6 +64,10 @@ class CheckpointWriteError(CheckpointError):
     def __init__(self, message: str, *, disk_full: bool = False) -> None:
         super().__init__(message)
         self.disk_full = disk_full
+
+
+class DivergedError(TrainerError):
+    """Gradients were not finite, or far above what they were, also after rollbacks."""
 
 
 class DistributedError(TrainerError):

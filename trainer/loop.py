@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_map
 
 from trainer.errors import ModuleError
 from trainer.forms import bound_step
+from trainer.guard import SKIPPED, GuiltyStep
 from trainer.optimizers import parameters_of
 from trainer.progress import TRAIN, VALIDATE
 from trainer.rank_state import Before
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 
     from trainer.combined import CombinedFeed
     from trainer.distributed import World
+    from trainer.guard import Guarding
     from trainer.hooks import Hooks
     from trainer.loading import Feed
     from trainer.metrics import Metrics
@@ -98,6 +100,7 @@ class Fit:
     # What a resumed run still has to take back before its first batch.
     resumed: Found | None = None
     virtual: VirtualRanks | None = None
+    guard: Guarding | None = None
     warned: set[str] = field(default_factory=set)
 
 
@@ -142,6 +145,8 @@ def fit(run: Fit) -> None:
     rank_zero_info(f"fit ends: {reason}.")  # after the progress bars, which would draw over it
     if run.trainer.compiling is not None:
         rank_zero_info(run.trainer.compiling.told())
+    if run.guard is not None and (told := run.guard.told()) is not None:
+        rank_zero_info(told)
 
 
 def _end(run: Fit) -> str | None:
@@ -168,8 +173,7 @@ def may_stop(run: Fit) -> bool:
 
 def train_epoch(run: Fit) -> None:
     """One epoch, from wherever `state` says, to its end or to a limit."""
-    trainer, state, hooks, metrics, feed = run.trainer, run.state, run.hooks, run.metrics, run.feed
-    agreement = run.agreement
+    trainer, state, hooks, metrics, agreement = run.trainer, run.state, run.hooks, run.metrics, run.agreement
     trainer.data.prepare_epoch(run)
     if state.resume_at == "epoch_end":
         end_epoch(run)
@@ -189,8 +193,26 @@ def train_epoch(run: Fit) -> None:
 
     if hooks.on_train_epoch_start is not None and run.parallel.rewrap():
         run.step = bound_step(trainer, run.module, "training_step", run.parallel.step)
-    metrics.feed = feed = run.feed
-    batches = feed.batches(state.epoch, state.position)
+    metrics.feed = run.feed
+    if run.guard is None:
+        train_batches(run, limit)
+    else:
+        run.guard.due = True
+        while True:
+            try:
+                train_batches(run, limit)
+                break
+            except GuiltyStep as guilty:
+                run.guard.roll_back(guilty)
+    end_epoch(run)
+    if agreement.stop_here((state.batches << 32) + LAST):
+        raise Stopping
+
+
+def train_batches(run: Fit, limit: float) -> None:
+    """The epoch's batches from wherever `state` says, and what follows each of them."""
+    trainer, state, agreement = run.trainer, run.state, run.agreement
+    batches = run.feed.batches(state.epoch, state.position)
     if trainer.compiling is not None:
         batches = trainer.compiling.timed(batches)
     train = bind_plain_batches(run, batches, limit) or bind_batches(run, batches, limit)
@@ -199,10 +221,11 @@ def train_epoch(run: Fit) -> None:
         if after_batch(run, is_last) or is_last:
             break
         if stepped and agreement.stop_here((state.batches << 32) + LAST):
+            if run.guard is not None:
+                run.guard.settle()
             raise Stopping
-    end_epoch(run)
-    if agreement.stop_here((state.batches << 32) + LAST):
-        raise Stopping
+    if run.guard is not None:
+        run.guard.settle()
 
 
 def next_event(run: Fit, limit: float) -> float:
@@ -236,6 +259,8 @@ def bind_batches(run: Fit, batches: Iterator[Any], limit: float) -> Callable[[fl
     look_ahead = _LookAhead(batches, run.feed) if limit == math.inf else None
     coming = batches if look_ahead is None else iter(look_ahead)
     train_batch = bind_train_batch(run)
+    if run.guard is not None:
+        coming, train_batch = run.guard.watch(coming), _or_skip(run, train_batch)
 
     def train(due: float) -> tuple[bool, bool] | None:
         if page is not None:
@@ -260,6 +285,24 @@ def bind_batches(run: Fit, batches: Iterator[Any], limit: float) -> Callable[[fl
     return train
 
 
+def _or_skip(run: Fit, train_batch: Callable[[Any, int, bool], bool | None]) -> Callable[[Any, int, bool], bool | None]:
+    """`train_batch` for a guarded run, whose batches may be left out: then they only count."""
+    state = run.state
+
+    def train_or_skip(batch: Any, index: int, is_last: bool) -> bool | None:
+        if batch is not SKIPPED:
+            return train_batch(batch, index, is_last)
+        state.batch += 1
+        state.batches += 1
+        state.position = run.feed.position
+        run.trainer.reports.told_until = state.logger_step + 1  # of this one there is nothing to tell
+        if is_last:
+            step_schedulers(run, "epoch", plateau=False)
+        return is_last or (index + 1 - state.windows_from) % state.accumulate == 0
+
+    return train_or_skip
+
+
 def bind_plain_batches(
     run: Fit, batches: Iterator[Any], limit: float
 ) -> Callable[[float], tuple[bool, bool] | None] | None:
@@ -271,7 +314,7 @@ def bind_plain_batches(
     hooks, optimizer, state = run.hooks, run.optimizer, run.state
     inside = (
         hooks.on_before_zero_grad, hooks.optimizer_zero_grad, hooks.on_before_backward, hooks.backward,
-        hooks.on_after_backward, run.precision.scaler, run.virtual,
+        hooks.on_after_backward, run.precision.scaler, run.virtual, run.guard,
     )  # fmt: skip
     if (
         optimizer is None or run.by_closure or state.accumulate != 1 or not run.precision.plain or limit == math.inf
@@ -544,12 +587,13 @@ def _step_by_closure(run: Fit, micro_batch: Callable[[Any, int], Any], batch: An
     return output
 
 
-def clip(run: Fit, optimizer: Any) -> None:
-    """Clip the gradients as the Trainer was told, or as the module wants."""
+def clip(run: Fit, optimizer: Any) -> Tensor | None:
+    """Clip the gradients as the Trainer was told, or as the module wants; the norm before it, if that was asked for."""
     if run.hooks.configure_gradient_clipping is not None:
         run.hooks.configure_gradient_clipping(optimizer, run.gradient_clip_val, run.gradient_clip_algorithm)
     elif run.gradient_clip_val is not None:
-        run.parallel.clip(parameters_of(optimizer), run.gradient_clip_val, run.gradient_clip_algorithm)
+        return run.parallel.clip(parameters_of(optimizer), run.gradient_clip_val, run.gradient_clip_algorithm)
+    return None
 
 
 def step_schedulers(run: Fit, interval: str, *, plateau: bool) -> None:
@@ -605,6 +649,9 @@ def after_batch(run: Fit, is_last: bool) -> bool:
         if due:
             state.resume_at = "validation"
     if state.resume_at == "validation" and run.validation is not None:
+        if run.guard is not None:
+            run.guard.settle()
+            run.guard.due = True
         if stepped and run.agreement.stop_here(state.batches << 32):
             raise Stopping
         if stepped:

@@ -336,6 +336,11 @@ class Metrics:
             entry.reset()
         self._unread = False
 
+    def begin_anew(self) -> None:
+        """Forget the values of the current section, and how they were logged: `load_state_dict` follows."""
+        self.reset()
+        self._entries.clear()
+
     def passing(self) -> list[Any]:
         """The torchmetrics objects of the evaluation at hand, which begin anew when it is over."""
         return [] if self.training else [e.metric for e in self._distinct() if e.metric is not None and e.on_epoch]

@@ -87,12 +87,15 @@ class Parallel:
         if algorithm == "value":
             torch.nn.utils.clip_grad_value_(tensors, value)
             return None
-        norm = torch.nn.utils.get_total_norm([p.grad for p in tensors if p.grad is not None])
-        if hasattr(norm, "full_tensor"):
-            # Over shards its parts are still to be summed: once here, and not again by every product with it.
-            norm = norm.full_tensor()
+        norm = self.norm(tensors)
         torch.nn.utils.clip_grads_with_norm_(tensors, value, norm)
         return norm
+
+    def norm(self, parameters: Iterable[Tensor]) -> Tensor:
+        """The norm of all gradients, over all ranks: the same on each of them."""
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        # Over shards its parts are still to be summed: once here, and not again by every product with it.
+        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
     def module_state(self) -> dict[str, Any]:
         """The module's own state_dict (of DTensors where it is sharded)."""
@@ -401,11 +404,17 @@ class FSDP(Parallel):
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
+        if not optimizer.state:
+            # torch's function would step it, so that its next step were the second (2.15).
+            return _named(optimizer.state_dict(), self.module, optimizer)
         return dict(get_optimizer_state_dict(self.module, optimizer))
 
     def load_optimizer_state(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
 
+        if not state["state"]:
+            optimizer.load_state_dict(_numbered(state, self.module, optimizer))
+            return
         options = StateDictOptions(full_state_dict=not _has_shards(state))
         set_optimizer_state_dict(self.module, optimizer, _named(state, self.module, optimizer), options=options)
 

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 from trainer.callbacks.finders import Finder
 from trainer.errors import ConfigError
 from trainer.forms import bound_step, check_manual, require_dataloader_idx
+from trainer.guard import Guard, Guarding, refuse_guard
 from trainer.hparams import storable
 from trainer.loading import to_device
 from trainer.loop import Evaluation, Fit, Stopping, clip, evaluate
-from trainer.optimizers import WrappedOptimizer, needs_closure, read_optimizers
+from trainer.optimizers import WrappedOptimizer, needs_closure, parameters_of, read_optimizers
 from trainer.progress import PREDICT, TEST, TRAIN, VALIDATE
 from trainer.rank_state import place_in_epoch, restore_random, restore_rank
 from trainer.ranks import rank_zero_info, rank_zero_warn
@@ -86,6 +87,14 @@ def prepare_fit(
         trainer.page.began(trainer.global_step)
     _warn_of_what_is_not_saved(trainer)
     trainer.fit_run = run = _make_fit(trainer, module, hooks)
+    if found is not None and (guarded := found.state.get("guard")) is not None:
+        if run.guard is not None:
+            run.guard.load_state_dict(guarded)
+        elif guarded["skipped"]:
+            rank_zero_warn(
+                f"{found.name} leaves {len(guarded['skipped'])} steps of the data out, and this Trainer has no guard: "
+                "those that are still to come are trained. Pass Trainer(guard=True) to leave them out."
+            )
     trainer.data.load_training(run)
     if found is not None:
         run.resumed = place_in_epoch(run, found, anew=trainer.config.resume == "epoch")
@@ -239,13 +248,24 @@ def _make_fit(trainer: Trainer, module: Module, hooks: Hooks) -> Fit:
         if (move := run.move) is not None:
             run.move = lambda batches, number: [move(batch, number) for batch in batches]
     clips = trainer.gradient_clip_val is not None or hooks.configure_gradient_clipping is not None
-    if clips or hooks.on_before_optimizer_step is not None:
+    # Whether clipping computes no norm that the guard could look at.
+    lacks_norm = not clips or run.gradient_clip_algorithm != "norm" or hooks.configure_gradient_clipping is not None
+    if isinstance(trainer.config.guard, Guard):
+        refuse_guard(run)
+        run.guard = Guarding(run, trainer.config.guard)
+        if lacks_norm:
+            shares = " and one all-reduce of one number" if trainer.parallel.sharded else ""
+            rank_zero_info(f"guard: gradients are not clipped by norm; their norm{shares} is computed for it per step.")
+    guard = run.guard
+    if clips or guard is not None or hooks.on_before_optimizer_step is not None:
 
         def before_step(stepped: Any) -> None:
             if hooks.on_before_optimizer_step is not None:
                 hooks.on_before_optimizer_step(stepped)
-            if clips:
-                clip(run, stepped)
+            norm = run.parallel.norm(parameters_of(stepped)) if guard is not None and lacks_norm else None
+            clipped = clip(run, stepped) if clips else None
+            if guard is not None:
+                guard.see(clipped if norm is None else norm)
 
         run.before_step = before_step
         if module.automatic_optimization:

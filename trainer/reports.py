@@ -34,6 +34,8 @@ class Reports:
         self._trainer = trainer
         # What the loggers were given for the newest step.
         self._rows: list[tuple[int, dict[str, float]]] = []
+        # Steps before this one are repeated after a rollback, and the loggers have them.
+        self.told_until = 0
 
     @property
     def _metrics(self) -> Metrics:
@@ -68,7 +70,10 @@ class Reports:
         if not self._trainer.loggers or not values:
             return
         if step is None:
-            step = int(values.pop("step")) if "step" in values else self._trainer.train_state.logger_step
+            if "step" in values:
+                step = int(values.pop("step"))
+            elif (step := self._trainer.train_state.logger_step) < self.told_until:
+                return
         if epoch:
             values.setdefault("epoch", self._trainer.current_epoch)
         if self._rows and self._rows[0][0] != step:

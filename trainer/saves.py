@@ -97,6 +97,9 @@ class Saves:
             CheckpointWriteError: it failed, or the one before it did. A full store is an error only with `wait`.
         """
         trainer = self._trainer
+        if trainer.fit_run is not None and trainer.fit_run.guard is not None:
+            trainer.fit_run.guard.settle()
+            trainer.fit_run.guard.due = True
         if trainer.lightning_module is None or trainer.parallel is None:
             raise CheckpointError("save_checkpoint() before fit, validate, test or predict: there is nothing to save.")
         began = time.monotonic()

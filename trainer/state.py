@@ -143,6 +143,8 @@ def capture(trainer: Trainer, *, weights_only: bool = False) -> tuple[dict[str, 
         shared["threads"] = torch.get_num_threads()
         if (run := trainer.fit_run) is not None:
             own = rank_state(run)
+            if run.guard is not None:
+                shared["guard"] = run.guard.state_dict()
             if run.virtual is not None:  # the same on all ranks, and wanted by those that come later
                 shared["virtual"] = {k: own.pop(k) for k in ("rng", "gradients") if k in own}
                 shared["virtual"]["count"] = run.virtual.count
