@@ -33,6 +33,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         elif arguments and arguments[0] in commands.NAMES:
             code = commands.run(arguments[0], arguments[1:])
         else:
+            if arguments:
+                commands.refuse_misspelt(arguments[0])
             from launcher.launching import start
 
             code = start(arguments)

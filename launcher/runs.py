@@ -140,6 +140,8 @@ class RunFolder:
         With `spec=None` the run must exist and its own spec is used (`launch resume`). Raises `RunError` if another
         launch holds it, if the folder holds something else, or if it is a run of another program.
         """
+        if path.exists() and not path.is_dir():
+            raise RunError(f"{path} is a file, no run folder; choose another --run name or folder")
         record = read_json(path / "run.json")
         if record is None:
             if spec is None:

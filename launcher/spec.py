@@ -206,6 +206,8 @@ class LaunchSpec:
             raise UsageError(f"--grace is {self.grace_s!r}; it must be a number of seconds >= 0")
         if self.hang_timeout_s is not None and not self.hang_timeout_s >= 0:
             raise UsageError(f"--hang-timeout is {self.hang_timeout_s!r}; it must be a number of seconds, or off")
+        if self.master_port is not None and not 0 <= self.master_port <= 65535:
+            raise UsageError(f"--master-port {self.master_port}: give a port from 1 to 65535, or 0 for a free one")
         for name in self.preload:
             if not all(part.isidentifier() for part in name.split(".")):
                 raise UsageError(f"--preload {name!r} is no module name; give names like torch,torchvision")

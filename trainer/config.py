@@ -205,6 +205,12 @@ class Config:
         _require(
             isinstance(self.accelerator, str), "accelerator", self.accelerator, "'auto', 'cpu', 'gpu', 'cuda', 'mps'"
         )
+        _require(isinstance(self.strategy, str) or hasattr(self.strategy, "wrap"), "strategy", self.strategy,
+                 "a name such as 'auto', 'ddp', 'fsdp', or a DDP or FSDP object")  # fmt: skip
+        _require(not isinstance(self.logger, str), "logger", self.logger,
+                 "True (TensorBoard), False, a Logger object such as CSVLogger('logs'), or several")  # fmt: skip
+        _require(isinstance(self.default_root_dir, (str, os.PathLike, type(None))), "default_root_dir",
+                 self.default_root_dir, "a path or a URL")  # fmt: skip
         _require(self.resume in ("exact", "epoch"), "resume", self.resume, "'exact', 'epoch'")
         if self.compile is not False:
             from trainer.compiling import check_compile  # imports torch's compiler

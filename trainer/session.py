@@ -99,6 +99,10 @@ def _attach(trainer: Trainer, fn: TrainerFn, model: Any, datamodule: Any, loader
             f"{fn}() was given a {type(module).__module__}.{type(module).__qualname__}; it needs a trainer.Module "
             "(LightningModule). A model written against another package must import its base class from here."
         )
+    if "_modules" not in module.__dict__:
+        raise ModuleError(
+            f"{type(module).__name__}.__init__ does not call super().__init__(): add it as its first line."
+        )
     for key, given in list(loaders.items()):
         if isinstance(given, DataModule):
             datamodule, loaders[key] = given, None

@@ -66,7 +66,8 @@ class Loaders:
         self.mode = combined.mode if combined is not None else "max_size_cycle" if kind == "train" else "sequential"
         self.single = combined is None and len(loaders) == 1 and loaders[0] is raw
         for loader in loaders:
-            if not hasattr(type(loader), "__iter__") and not hasattr(type(loader), "__getitem__"):
+            batches = hasattr(type(loader), "__iter__") or hasattr(type(loader), "__getitem__")
+            if not batches or isinstance(loader, (str, bytes)):
                 raise DataError(
                     f"A {type(loader).__name__} was given as {kind} loader; it must be a DataLoader or another "
                     "iterable of batches, or a list or dict of them."

@@ -5,6 +5,7 @@ One module per command, imported when it is called: each must answer in a blink,
 
 from __future__ import annotations
 
+import difflib
 import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,16 @@ NAMES = {
     "drill": "prove that a script resumes exactly, or name the state that it loses",
     "completion": "completion for bash, zsh or fish",
 }
+
+
+def refuse_misspelt(word: str) -> None:
+    """Raise `UsageError` if a command was probably meant, and there is nothing of that name that could be started."""
+    if word.isalpha() and not Path(word).exists():
+        nearest = difflib.get_close_matches(word, [*NAMES, "resume", "retry"], n=1)
+        if nearest:
+            raise UsageError(
+                f"there is no command {word!r}, nor a script of that name here; did you mean launch {nearest[0]}?"
+            )
 
 
 def run(name: str, argv: Sequence[str]) -> int:

@@ -19,7 +19,7 @@ from trainer.callbacks.interval import AgreedInterval
 from trainer.checkpoint.catalog import is_unfinished
 from trainer.checkpoint.folder import Folder
 from trainer.checkpoint.saved import remove
-from trainer.errors import ConfigError
+from trainer.errors import CheckpointError, ConfigError
 from trainer.ranks import rank_zero_info, rank_zero_warn, read_ranks
 from trainer.resume import exists
 
@@ -183,6 +183,7 @@ class ModelCheckpoint(Checkpoint):
         self.dirpath = trainer.strategy.broadcast(self.dirpath)
         if self.save_last == "link" and "://" in str(self.dirpath):
             raise ConfigError(f"ModelCheckpoint(save_last='link') needs a local folder, not {self.dirpath}.")
+        _check_place(self.dirpath)
 
     @staticmethod
     def _default_dirpath(trainer: Trainer) -> str:
@@ -569,6 +570,19 @@ class OnExceptionCheckpoint(Checkpoint):
     def on_exception(self, trainer: Trainer, pl_module: Module, exception: BaseException) -> None:
         if trainer.state.fn == "fit" and not trainer.fast_dev_run:
             trainer.save_checkpoint(self.ckpt_path)
+
+
+def _check_place(dirpath: str) -> None:
+    """Raise CheckpointError where no folder can be: it would be found after an epoch else. Looks, and makes nothing."""
+    place = Folder.at(dirpath)
+    if not place.local:
+        return
+    there = place.path
+    while not os.path.lexists(there):
+        there = os.path.dirname(there)
+    if not os.path.isdir(there) or not os.access(there, os.W_OK | os.X_OK):
+        what = "cannot be written" if os.path.isdir(there) else "is no folder"
+        raise CheckpointError(f"ModelCheckpoint(dirpath={dirpath!r}): {there} {what}; give another dirpath.")
 
 
 def _absolute(path: str) -> str:

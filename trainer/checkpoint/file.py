@@ -154,6 +154,8 @@ def load_file(path: str | os.PathLike[str], *, map_location: Any = "cpu", weight
     try:
         state = torch.load(source, map_location=map_location, weights_only=weights_only)
     except pickle.UnpicklingError as error:
+        if not _pickled(place):
+            raise CheckpointDamagedError(f"{place} is not a torch file.") from error
         raise CheckpointError(
             f"{place} holds more than tensors and plain values, so reading it would run code from it: {error}\n"
             "If you trust whoever made it, pass weights_only=False."
@@ -166,6 +168,13 @@ def load_file(path: str | os.PathLike[str], *, map_location: Any = "cpu", weight
     if not isinstance(state, dict):
         raise CheckpointError(f"{place} holds a {type(state).__qualname__}, not the dict of a checkpoint.")
     return state
+
+
+def _pickled(place: Folder) -> bool:
+    """Whether a file begins as torch's files do, today's (zip) or those of torch 1.5 and before (a bare pickle)."""
+    with place.fs.open(place.path, "rb") as file:
+        begins = file.read(2)
+    return begins == b"PK" or begins[:1] == pickle.PROTO
 
 
 def load_checkpoint(

@@ -12,6 +12,7 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trainer.errors import ConfigError
 from trainer.ranks import read_ranks
 
 if TYPE_CHECKING:
@@ -206,6 +207,11 @@ def claim_version(root_dir: str) -> int:
             (Path(path) / f"version_{version}").mkdir(parents=True)
         except FileExistsError:  # another process was faster
             continue
+        except OSError as error:
+            raise ConfigError(
+                f"The logger's folder {path} cannot be written: {error.strerror}. Give another save_dir, or "
+                "default_root_dir, or logger=False."
+            ) from error
         return version
 
 
