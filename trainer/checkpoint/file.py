@@ -173,7 +173,7 @@ def load_file(path: str | os.PathLike[str], *, map_location: Any = "cpu", weight
 def _pickled(place: Folder) -> bool:
     """Whether a file begins as torch's files do, today's (zip) or those of torch 1.5 and before (a bare pickle)."""
     with place.fs.open(place.path, "rb") as file:
-        begins = file.read(2)
+        begins: bytes = file.read(2)
     return begins == b"PK" or begins[:1] == pickle.PROTO
 
 
