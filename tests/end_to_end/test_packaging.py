@@ -83,7 +83,8 @@ def test_a_wheel_works_in_an_environment_of_its_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize("version", ["3.10", "3.11", "3.12", "3.13"])
 def test_every_module_compiles(version: str, tmp_path: Path) -> None:
     pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
-    python = shutil.which(f"python{version}") or next(iter(pyenv.glob(f"{version}.*/bin/python3")), None)
+    # pyenv's own first: what stands on PATH may be its stand-in for versions that are not switched on.
+    python = next(iter(pyenv.glob(f"{version}.*/bin/python3")), None) or shutil.which(f"python{version}")
     if python is None:
         pytest.skip(f"there is no Python {version} here")
     for name in ("launcher", "trainer", "examples"):
