@@ -49,8 +49,8 @@ class Content:
 def write_part(folder: Folder, record: Record, content: Content) -> None:
     """Write one rank's shard, read it back, and then write its record: all durable on return.
 
-    So a checkpoint that is committed was whole when it was, and older ones may go. A shard that the store itself has
-    compared with checksums of ours, as S3 does, is not read back.
+    So a checkpoint that is committed was whole when it was, and older ones may go. What the store itself has compared
+    with checksums of ours, as S3 does, is not read back.
 
     If that fails, a note is left for rank 0, which waits for this record.
 
@@ -74,7 +74,10 @@ def write_part(folder: Folder, record: Record, content: Content) -> None:
         if not checked:
             for stretch in record.stretches:
                 _read_back(folder, stretch, checksums)
-        _write_and_compare(folder, record_name(record.rank), replace(record, blocks=tuple(checksums)).dump())
+        whole = replace(record, blocks=tuple(checksums)).dump()
+        folder.write_whole(record_name(record.rank), whole)
+        if not checked:
+            _compare(folder, record_name(record.rank), whole)
     except Exception as error:
         try:
             folder.write_whole(_failure_name(record.rank), json.dumps(f"{type(error).__name__}: {error}").encode())
@@ -127,7 +130,8 @@ def commit(folder: Folder, manifest: Manifest, timeout_s: float, peers: Mapping[
                 )
         files.append(file)
     whole = replace(manifest, files=tuple(files))
-    _write_and_compare(folder, MANIFEST, whole.dump())
+    folder.write_whole(MANIFEST, whole.dump())
+    _compare(folder, MANIFEST, whole.dump())
     return whole
 
 
@@ -211,8 +215,7 @@ def _of_stretch(blocks: Iterator[memoryview], size: int) -> Iterator[memoryview]
         size -= len(block)
 
 
-def _write_and_compare(folder: Folder, name: str, content: bytes) -> None:
-    folder.write_whole(name, content)
+def _compare(folder: Folder, name: str, content: bytes) -> None:
     try:
         found = folder.read(name)
     except FileNotFoundError as error:
