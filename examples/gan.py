@@ -81,7 +81,7 @@ class GAN(T.Module):
         # Ranks that do not log get an experiment that takes every call and does nothing.
         if self.logger is not None:
             grid = make_grid(F.interpolate(painted[:64], scale_factor=4.0), nrow=8)
-            self.logger.experiment.add_image("painted", grid, self.global_step)
+            self.logger.experiment.add_image("painted", grid, self.current_epoch)
 
     def configure_optimizers(self) -> tuple[list, list]:
         optimizers = [

@@ -92,6 +92,11 @@ class CombinedFeed:
         self.weight = 1.0
         self.position: list[list[int]] = [[0, 0] for _ in feeds]
 
+    @property
+    def waited_ns(self) -> int:
+        """How long `batches` has kept its caller waiting so far."""
+        return sum(feed.waited_ns for feed in self.feeds)
+
     def __len__(self) -> int:
         return (min if self.mode == "min_size" else max)(len(f) for f in self.feeds)
 

@@ -15,6 +15,7 @@ import itertools
 import random
 import signal
 import struct
+import time
 import weakref
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -55,7 +56,7 @@ class Feed:
 
     position: the gang's place after the newest batch, to be handed to `batches` again. weight: what the newest
     batch's mean loss is multiplied with (1.0 but for a last incomplete batch; 0.0 for a copy that stands in for a
-    missing sample). sized: whether `len` is known.
+    missing sample). sized: whether `len` is known. waited_ns: how long `batches` has kept its caller waiting so far.
     """
 
     sized = True
@@ -63,6 +64,7 @@ class Feed:
     def __init__(self) -> None:
         self.position = 0
         self.weight = 1.0
+        self.waited_ns = 0
 
     @property
     def indices(self) -> list[Any] | None:
@@ -133,13 +135,17 @@ class _PlannedFeed(Feed):
         self._indices.begin = lambda: self._draw(epoch, start, ahead)
         self._loader.generator.manual_seed(_key(self._seed, epoch, self._rank))
         world_size, train = self._world_size, self._train
+        clock = time.monotonic_ns
+        began = clock()
         iterator = _open(self._loader)
         try:
             for batch in iterator:
                 self._share = share = ahead.popleft()
                 self.position = share.position
                 self.weight = share.weight(world_size) if train else float(share.seen > 0)
+                self.waited_ns += clock() - began
                 yield batch
+                began = clock()
         finally:
             if not self._loader.persistent_workers:
                 _end_workers(iterator)
@@ -438,6 +444,8 @@ class _StreamFeed(Feed):
     def batches(self, epoch: int, consumed: int | None) -> Iterator[Any]:
         self.position = consumed or 0
         self._kept = None
+        clock = time.monotonic_ns
+        began = clock()
         iterator = self._begin(epoch, self.position)
         looks_ahead = self._train and not self.sized
         keyed = looks_ahead and not getattr(self.loader, "num_workers", 0)
@@ -445,7 +453,9 @@ class _StreamFeed(Feed):
             if not looks_ahead:
                 while (batch := next(iterator, _NOTHING)) is not _NOTHING:
                     self.position += 1
+                    self.waited_ns += clock() - began
                     yield batch
+                    began = clock()
                 return
             while True:
                 if keyed:
@@ -457,7 +467,9 @@ class _StreamFeed(Feed):
                 if batch is _NOTHING:
                     return
                 self.position += 1
+                self.waited_ns += clock() - began
                 yield batch
+                began = clock()
                 if self._keeper is not None:
                     self._kept = self.position, copy.deepcopy(self._keeper.state_dict())
         finally:

@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from trainer.signals import StopSignals
     from trainer.state import TrainState
     from trainer.stop import StopAgreement
+    from trainer.throughput import Meter
     from trainer.trainer import Trainer
     from trainer.virtual import VirtualRanks
 
@@ -77,6 +78,7 @@ class Fit:
     signals: StopSignals
     agreement: StopAgreement
     page: ProgressPage | None
+    meter: Meter
     step: Callable[[Any, int], Any]
     move: Callable[[Any, int], Any] | None
     optimizer: Any
@@ -138,6 +140,7 @@ def fit(run: Fit) -> None:
     if hooks.on_train_start is not None:
         hooks.on_train_start()
     run.last_validation = time.monotonic() - state.elapsed
+    run.meter.begin(state.batches)
     while (reason := _end(run)) is None:
         train_epoch(run)
     if hooks.on_train_end is not None:
@@ -147,6 +150,8 @@ def fit(run: Fit) -> None:
         rank_zero_info(run.trainer.compiling.told())
     if run.guard is not None and (told := run.guard.told()) is not None:
         rank_zero_info(told)
+    if (speed := run.meter.told()) is not None:
+        rank_zero_info(speed)
 
 
 def _end(run: Fit) -> str | None:
@@ -231,7 +236,9 @@ def train_batches(run: Fit, limit: float) -> None:
 def next_event(run: Fit, limit: float) -> float:
     """The number of this epoch's batches after which something may be due that most batches do not have."""
     trainer, state = run.trainer, run.state
-    if run.validate_seconds is not None or any(c.reduce_on_plateau and c.interval == "step" for c in run.schedulers):
+    if run.meter.first_s is None or run.validate_seconds is not None:
+        return 0
+    if any(c.reduce_on_plateau and c.interval == "step" for c in run.schedulers):
         return 0
     accumulate = state.accumulate if run.module.automatic_optimization else 1
     events = [limit]
@@ -633,6 +640,7 @@ def _validation_is_due(run: Fit, is_last: bool) -> bool:
 def after_batch(run: Fit, is_last: bool) -> bool:
     """What follows a batch where more than the next batch is due. Returns whether the epoch ends here."""
     trainer, state, hooks = run.trainer, run.state, run.hooks
+    run.meter.look(state.batches, run.feed, run.metrics.batch)
     stepped = (
         is_last or (state.batch - state.windows_from) % state.accumulate == 0 or not run.module.automatic_optimization
     )
@@ -661,7 +669,9 @@ def after_batch(run: Fit, is_last: bool) -> bool:
                 run.module.zero_grad()
         run.before_validation = Before(run, [], copied=True)
         trainer.state.stage = RunningStage.VALIDATING
+        run.meter.pause()
         evaluate(run.validation)
+        run.meter.resume()
         trainer.state.stage = RunningStage.TRAINING
         run.before_validation = None
         if run.virtual is not None:

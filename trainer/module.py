@@ -143,6 +143,13 @@ class Module(HyperParameters, DataHooks, nn.Module):
         It may be called more than once, so make each layer only if it is not there yet.
         """
 
+    def tokens_in_batch(self, batch: Any) -> int:
+        """Override it to have speed told in tokens, not samples: how many are in this rank's training batch.
+
+        It is asked now and then, not at every step; where lengths vary, give ThroughputMonitor a `length_fn`.
+        """
+        raise NotImplementedError
+
     # ------------------------------------------------------------------------------------- optimization
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:

@@ -25,6 +25,7 @@ from trainer.state import (
     restore_training,
 )
 from trainer.stop import StopAgreement
+from trainer.throughput import Meter
 from trainer.virtual import VirtualRanks, refuse
 
 if TYPE_CHECKING:
@@ -232,6 +233,7 @@ def _make_fit(trainer: Trainer, module: Module, hooks: Hooks) -> Fit:
         signals=trainer.signals,
         agreement=StopAgreement(trainer.world, trainer.signals, trainer.train_state, trainer.saves.settle),
         page=trainer.page,
+        meter=Meter(module, trainer.device, trainer.world_size, str(trainer.precision)),
         step=bound_step(trainer, module, "training_step", trainer.parallel.step),
         move=_mover(trainer, hooks),
         optimizer=optimizer,

@@ -14,6 +14,7 @@ The idea is EasyScale's (Li et al., SC 2023); the tree lets a rank send sums of 
 
 from __future__ import annotations
 
+import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -146,6 +147,8 @@ class VirtualFeed(Feed):
 
     def batches(self, epoch: int, consumed: int | None) -> Iterator[list[Any]]:
         start = self.position = consumed or 0
+        clock = time.monotonic_ns
+        began = clock()
         size = len(self._feed._order(epoch))
         batches = self._feed.batches(epoch, start)
         try:
@@ -153,7 +156,9 @@ class VirtualFeed(Feed):
                 step = [next(batches) for _ in own]
                 before, self.position = self.position, min(self.position + self.count * self._feed._batch_size, size)
                 self.shares, self.total, self.weight = own, self.position - before, float(bool(own))
+                self.waited_ns += clock() - began
                 yield step
+                began = clock()
         finally:
             batches.close()  # type: ignore[attr-defined] # a generator: its workers end with it
 

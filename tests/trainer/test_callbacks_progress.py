@@ -127,7 +127,7 @@ def test_lines_where_there_is_no_terminal(tmp_path, capsys):
     run(RichProgressBar(), tmp_path)
     lines = capsys.readouterr().out.splitlines()
     time_of_day = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d "
-    assert re.fullmatch(time_of_day + r"epoch 1/2  batch 5/5  \S+ it/s  loss \S+  val 0\.5", lines[0])
+    assert re.fullmatch(time_of_day + r"epoch 1/2  batch 5/5  \S+ it/s  \S+ samples/s  loss \S+  val 0\.5", lines[0])
     assert [line.split("  ")[0].split(" ", 2)[2] for line in lines] == ["epoch 1/2", "epoch 2/2", "validation", "test",
                                                                        "predict"]  # fmt: skip
 

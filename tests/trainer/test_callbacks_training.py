@@ -270,7 +270,7 @@ def test_throughput_leaves_validation_out(tmp_path, monkeypatch):
 
     throughput = ThroughputMonitor(lambda batch: 2)
     fit(tmp_path, Net(), throughput, Ticks(), logger=CSVLogger(tmp_path), val=True, epochs=2)
-    assert throughput.state_dict() == {"totals": [8.0, 8, 16, 0]}
+    assert throughput.state_dict() == {"totals": [8.0, 8, 16, 0], "flops": None}
 
 
 class Writer(BasePredictionWriter):

@@ -34,6 +34,8 @@ class Task:
     done: int = 0
     first: int = 0
     metrics: dict[str, Any] = field(default_factory=dict)
+    # Samples or tokens per second, and the MFU, where they are known.
+    speed: str = ""
     begun: float = field(default_factory=time.monotonic)
 
     @property
@@ -94,6 +96,7 @@ class Lines(Screen):
     def _line(task: Task) -> str:
         total = f"/{int(task.total)}" if math.isfinite(task.total) else ""
         parts = [task.label, f"batch {task.done}{total}", f"{task.rate:.4g} it/s"]
+        parts += [task.speed] if task.speed else []
         parts += [f"{name} {format_value(value)}" for name, value in task.metrics.items() if name != "v_num"]
         return "  ".join(parts)
 
@@ -215,7 +218,7 @@ class ProgressBar(Callback):
             return
         task = self._tasks[-1]
         task.done = done
-        task.metrics = self.get_metrics(trainer, pl_module)
+        self._tell(task, trainer, pl_module)
         self._screen.draw(task)
         self._due = time.monotonic() + self._screen.every
 
@@ -224,9 +227,14 @@ class ProgressBar(Callback):
             return
         task = self._tasks.pop()
         task.done = int(task.total) if done is None and math.isfinite(task.total) else done or task.done
-        task.metrics = self.get_metrics(trainer, pl_module)
+        self._tell(task, trainer, pl_module)
         self._screen.end(task)
         self._due = time.monotonic() + self._screen.every if self._tasks else math.inf
+
+    def _tell(self, task: Task, trainer: Trainer, pl_module: Module) -> None:
+        task.metrics = self.get_metrics(trainer, pl_module)
+        if task.stage == "train" and trainer.fit_run is not None:
+            task.speed = trainer.fit_run.meter.rate(task.rate)
 
     # ------------------------------------------------------------------------------------------- hooks
 
@@ -417,6 +425,7 @@ class RichScreen(Screen):
     def _fields(self, task: Task) -> dict[str, Any]:
         left = (task.total - task.done) / task.rate if task.rate and math.isfinite(task.total) else math.nan
         metrics = [f"{name}: {format_value(value, self._theme.metrics_format)}" for name, value in task.metrics.items()]
+        metrics += [task.speed] if task.speed else []
         return {
             "count": f"{task.done}/{int(task.total) if math.isfinite(task.total) else '?'}",
             "times": f"{_clock(task.seconds)} • {_clock(left)}",
@@ -510,7 +519,8 @@ class TqdmScreen(Screen):
     def draw(self, task: Task) -> None:
         bar = self._bars[task.stage]
         bar.n = task.done
-        bar.set_postfix({name: format_value(value) for name, value in task.metrics.items()}, refresh=False)
+        shown = ", ".join(f"{name}={format_value(value)}" for name, value in task.metrics.items())
+        bar.set_postfix_str(", ".join(filter(None, [task.speed, shown])), refresh=False)
         bar.refresh()
 
     def end(self, task: Task) -> None:

@@ -1,15 +1,21 @@
-"""`ThroughputMonitor`: samples, tokens and operations per second, and the share of the device's peak that they are."""
+"""`ThroughputMonitor`: samples, tokens and operations per second in the log, and what takes the time."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 
 from trainer.callbacks.callback import Callback
 from trainer.errors import ConfigError
+from trainer.metrics import batch_size_of
+from trainer.profilers import PassThroughProfiler
+from trainer.throughput import communication_share, peak_memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -17,37 +23,27 @@ if TYPE_CHECKING:
     from trainer.module import Module
     from trainer.trainer import Trainer
 
-# Peak of dense matrix products in FLOP/s, from NVIDIA's data sheets: bf16 and fp16 tensor cores, and fp32 (TF32 off).
-PEAK_FLOPS: dict[str, tuple[float, float]] = {
-    "H200": (989e12, 67e12), "H100 PCIe": (756e12, 51e12), "H100": (989e12, 67e12), "A100": (312e12, 19.5e12),
-    "L40": (181e12, 90.5e12), "L4": (121e12, 30.3e12), "A10": (125e12, 31.2e12), "V100": (125e12, 15.7e12),
-    "T4": (65e12, 8.1e12),
-}  # fmt: skip
-
-
-def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """The device's peak for matrix products of this type, or None if it is not in the table."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    for known, (half, single) in PEAK_FLOPS.items():
-        if known in name:
-            return half if dtype in (torch.float16, torch.bfloat16) else single
-    return None
-
 
 class ThroughputMonitor(Callback):
     """Logs rates over a sliding window of training batches, with the steps that loggers get.
 
     Names: `train/time`, `train/batches`, `train/samples`, and per device (`train/device/...`) and for all ranks
-    `batches_per_sec`, `samples_per_sec`; with `length_fn` also `items_per_sec` (tokens); with `module.flops_per_batch`
-    also `flops_per_sec` and, on a known GPU, `mfu` (model FLOP utilisation: the share of the device's peak). Ranks
-    are taken to do equal work, so nothing is exchanged.
+    `batches_per_sec`, `samples_per_sec`; with `length_fn` also `items_per_sec` (tokens); where FLOPs are known
+    `flops_per_sec` and, where the device's peak is, `device/mfu` (model FLOP utilisation). Also `device/data_wait` (the
+    share of the time that the loop waited for batches, since training began), `device/peak_memory` in bytes, and on
+    several ranks `device/communication`: the share of one sampled step in which a collective was under way. Ranks are
+    taken to do equal work, so nothing is exchanged. What is found here is in the progress bar and in the line at the
+    end of `fit`, too.
 
     Args:
-        batch_size_fn: number of samples in a batch.
-        length_fn: number of items (tokens) in a batch.
+        batch_size_fn: number of samples in a batch; default: the first dimension of its first tensor.
+        length_fn: number of items (tokens) in a batch; default: the module's `tokens_in_batch`, if it has one.
         window_size: number of batches that a rate is taken over.
+        count_flops: count the FLOPs of matrix products and attention in the first batch of a run, which takes longer
+            for that, unless the module tells them: `flops_per_batch`, of one batch on one rank, forward and backward.
+            Without any, a module with `tokens_in_batch` is taken to need 6 per parameter and token ("6ND").
+        peak_flops: of the device in FLOP/s, in the format that is used, where the table in trainer.throughput lacks it.
+        communication: profile one step on several ranks. It is left out under a profiler of the Trainer.
 
     Raises:
         ConfigError: the window is too small, or (during `fit`) the trainer has no logger.
@@ -55,14 +51,27 @@ class ThroughputMonitor(Callback):
 
     def __init__(
         self,
-        batch_size_fn: Callable[[Any], int],
+        batch_size_fn: Callable[[Any], int] | None = None,
         length_fn: Callable[[Any], int] | None = None,
         window_size: int = 100,
+        *,
+        count_flops: bool = True,
+        peak_flops: float | None = None,
+        communication: bool = True,
     ) -> None:
         if window_size < 2:
             raise ConfigError(f"ThroughputMonitor(window_size={window_size}). Allowed: 2 or more.")
-        self.batch_size_fn = batch_size_fn
+        if peak_flops is not None and not 0 < peak_flops < math.inf:
+            raise ConfigError(f"ThroughputMonitor(peak_flops={peak_flops}). Allowed: FLOP/s, more than 0.")
+        self.batch_size_fn = batch_size_fn or batch_size_of
         self.length_fn = length_fn
+        self._peak_flops, self._communication, self._count_flops = peak_flops, communication, count_flops
+        self._flops: float | None = None  # of one batch, counted
+        self._counter: Any = None
+        self._profile: Any = None
+        self._began = 0.0
+        # Batches until the step that is profiled; the first ones are not like the others.
+        self._until_profile = 0
         # After each batch: seconds, batches, samples, items so far.
         self._window: deque[tuple[float, int, int, int]] = deque(maxlen=window_size + 1)
         self._totals = (0.0, 0, 0, 0)
@@ -74,9 +83,24 @@ class ThroughputMonitor(Callback):
             raise ConfigError("ThroughputMonitor needs a logger: Trainer(logger=...) is switched off.")
         self._window.clear()
         self._window.append(self._totals)
+        assert trainer.fit_run is not None
+        self._meter = meter = trainer.fit_run.meter
+        if self.length_fn is None and meter.unit == "tokens":
+            self.length_fn = pl_module.tokens_in_batch
+        meter.peak = self._peak_flops or meter.peak
+        if not getattr(pl_module, "flops_per_batch", None):
+            if self._flops is not None:
+                meter.flops, meter.flops_by = self._flops, "counted"
+            elif self._count_flops and trainer.train_state.batches == 0:
+                # Not after a resume: what is counted is not compiled, and a resumed run computes as one that went on.
+                self._counter = FlopCounterMode(display=False)
+                self._counter.__enter__()
+        profiles = self._communication and trainer.world_size > 1 and type(trainer.profiler) is PassThroughProfiler
+        self._until_profile = 2 * trainer.accumulate_grad_batches + 2 if profiles else 0
         self._mark = time.perf_counter()
 
     def on_validation_start(self, trainer: Trainer, pl_module: Module) -> None:
+        self._leave()
         if not trainer.sanity_checking and self._mark is not None:
             self._mark -= time.perf_counter()
 
@@ -86,6 +110,10 @@ class ThroughputMonitor(Callback):
             self._mark += time.perf_counter()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Module, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self._counter is not None:
+            self._counted()
+        if self._until_profile or self._profile is not None:
+            self._sample(trainer)
         step, every = trainer.train_state.logger_step, trainer.log_every_n_steps
         due = bool(every) and (step + 1) % every == 0 and step != self._logged_step
         if due and trainer.strategy.root_device.type == "cuda":
@@ -113,7 +141,8 @@ class ThroughputMonitor(Callback):
         rates = {"batches_per_sec": batches / seconds, "samples_per_sec": samples / seconds}
         if self.length_fn is not None:
             rates["items_per_sec"] = items / seconds
-        flops = getattr(pl_module, "flops_per_batch", None)
+        meter = self._meter
+        flops = getattr(pl_module, "flops_per_batch", None) or meter.flops
         if flops:
             rates["flops_per_sec"] = batches * float(flops) / seconds
         values: dict[str, float] = {"time": last[0], "batches": last[1], "samples": last[2]}
@@ -121,15 +150,65 @@ class ThroughputMonitor(Callback):
             values["items"] = last[3]
         values |= {f"device/{name}": rate for name, rate in rates.items()}
         values |= {name: rate * trainer.world_size for name, rate in rates.items()}
-        device = trainer.strategy.root_device
-        dtype = torch.bfloat16 if "16" in str(trainer.precision) else torch.float32
-        if flops and (peak := peak_flops(device, dtype)) is not None:
-            values["device/mfu"] = rates["flops_per_sec"] / peak
-        return values
+        if flops and meter.peak is not None:
+            values["device/mfu"] = rates["flops_per_sec"] / meter.peak
+        if meter.batches:
+            values["device/data_wait"] = meter.waited / meter.seconds
+        if meter.communication is not None:
+            values["device/communication"] = meter.communication
+        return values | {"device/peak_memory": peak_memory(meter.device)}
+
+    def _counted(self) -> None:
+        """The first batch is over."""
+        self._counter.__exit__(None, None, None)
+        flops, self._counter = self._counter.get_total_flops(), None
+        if flops:  # else there was nothing that it knows
+            self._flops = self._meter.flops = float(flops)
+            self._meter.flops_by = "counted"
+
+    def _sample(self, trainer: Trainer) -> None:
+        """Profile one step, from the end of a batch to the end of that after which the optimizer stepped."""
+        device = self._meter.device
+        if self._profile is None:
+            self._until_profile -= 1
+            if self._until_profile == 0:
+                activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
+                self._profile = profile(activities=activities, acc_events=True)
+                self._profile.start()
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                self._began = time.perf_counter()
+                self._profiled_from = trainer.global_step
+        elif trainer.global_step > self._profiled_from:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            seconds = time.perf_counter() - self._began
+            found, self._profile = self._profile, None
+            found.stop()
+            self._meter.communication = communication_share(found.events(), seconds)
+
+    def _leave(self) -> None:
+        """End what is under way around a batch, which has not come to its end."""
+        if self._counter is not None:
+            self._counter.__exit__(None, None, None)
+            self._counter = None
+        if self._profile is not None:
+            self._profile.stop()
+            self._profile, self._until_profile = None, 2
+
+    def on_train_end(self, trainer: Trainer, pl_module: Module) -> None:
+        self._leave()
+
+    def on_exception(self, trainer: Trainer, pl_module: Module, exception: BaseException) -> None:
+        self._leave()
+
+    def teardown(self, trainer: Trainer, pl_module: Module, stage: str) -> None:
+        self._leave()  # also after a stop
 
     def state_dict(self) -> dict[str, Any]:
-        return {"totals": list(self._totals)}
+        return {"totals": list(self._totals), "flops": self._flops}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         seconds, batches, samples, items = state_dict["totals"]
         self._totals = (float(seconds), int(batches), int(samples), int(items))
+        self._flops = state_dict.get("flops")
