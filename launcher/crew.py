@@ -17,7 +17,7 @@ from launcher.starting import spawn_agent
 if TYPE_CHECKING:
     import socket
     import subprocess
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from launcher.channel import Message
     from launcher.fleet import Fleet
@@ -58,6 +58,7 @@ class Crew:
         self._fleet = fleet
         self._agents: list[Agent] = []
         self._of: dict[int, Agent] = {}  # by node
+        self._host_of: dict[int, str] = {}  # also of those that are gone
 
     def __iter__(self) -> Iterator[Agent]:
         return iter(tuple(self._agents))
@@ -95,9 +96,17 @@ class Crew:
         """It is the agent of this node from here on."""
         agent.index, agent.joined, agent.host, agent.pid, agent.started = index, True, host, pid, started
         self._of[index] = agent
-        # Those that were started here see by the end of the connection that we are gone.
-        if agent.process is None or self._fleet is not None:
+        self._host_of[index] = host
+        if self.far(agent):  # the others see by the end of the connection that we are gone
             self.presence.add(agent.link)
+
+    def far(self, agent: Agent) -> bool:
+        """Whether it was not started right here, and may have another clock, and another end."""
+        return agent.process is None or self._fleet is not None
+
+    def hosts(self, nodes: Iterable[int]) -> list[str]:
+        """The names of nodes that are or were here, empty for others."""
+        return [self._host_of.get(node, "") for node in nodes]
 
     def receive(self, agent: Agent) -> list[Message]:
         """What it has said; all of it is a sign of life."""

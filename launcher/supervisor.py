@@ -7,7 +7,6 @@ person or a scheduler wants of the job reaches one process.
 from __future__ import annotations
 
 import contextlib
-import hmac
 import os
 import selectors
 import signal
@@ -18,24 +17,23 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from launcher import record
-from launcher.addresses import Addresses
 from launcher.crew import Crew
 from launcher.errors import ClusterError, LaunchError, MeetingError, UsageError
 from launcher.failure import RankExit, signal_name
 from launcher.fleet import Remains, Roll
 from launcher.gang import Action, Gang, Outcome, Phase
 from launcher.logs import Relay
-from launcher.pace import Paces
+from launcher.observer import Observer
 from launcher.processes import allow_files, end_descendants, kill_tree, reap, start_ticks
 from launcher.progress import Progress
-from launcher.samples import Recorder
+from launcher.reception import Reception
 from launcher.scheduling import StopWatch
-from launcher.stacks import SIGNAL, Census
+from launcher.stacks import SIGNAL
 from launcher.starting import stop_signals
-from launcher.vitals import ANSWER, Audience
+from launcher.waking import Waking
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
 
     from launcher.channel import Message
     from launcher.crew import Agent
@@ -51,7 +49,6 @@ _PATIENCE_S = 10.0
 _CONSOLES_WITHIN_S = 10.0
 _FENCED_WITHIN_S = 5.0  # what a stopped agent left on a host that can be reached
 _FILES_EACH, _FILES_OWN = 3, 50  # the connection of a node, the process that leads to it, a new way beside an old one
-_SHOWN_EVERY_S = 30.0  # a write to a shared file system
 
 
 class Supervisor:
@@ -95,22 +92,13 @@ class Supervisor:
             restarts=restarts,
             failure=failure,
         )
-        self._host_of: dict[int, str] = {}
-        self._addresses = Addresses(spec.local_addr)
         self.unreachable: set[str] = set()  # hosts that fell silent
         self._scheduler = scheduler
         self._step: subprocess.Popen[bytes] | None = None  # the scheduler's way to the agents
         self._watch = None if scheduler is None else StopWatch(scheduler, spec)
-        self._census: Census | None = None  # of stacks, while nodes still answer
-        self._paces: Paces | None = None
-        self._samples = Recorder(run.path, sum(spec.slots), len(spec.slots))
-        self._audience = Audience(run.path)
         self._roll = None if fleet is None else Roll(fleet)
         self._remains = None if fleet is None else Remains(fleet)
-        self._relay = Relay(on_drained=self._rouse)
-        self._wake_read = self._wake = -1
         self._quiet_by: float | None = None  # when (monotonic) every node must have brought its ranks down
-        self._shown = 0.0
         self._asked_here = False  # this process itself has received a stop signal
         self._say = say
         self._local = local
@@ -121,12 +109,13 @@ class Supervisor:
         self._where = where
         self._selector = selectors.DefaultSelector()
         self._crew = Crew(self._selector, cwd=spec.cwd, own_session=own_session, fleet=fleet)
+        self._reception = Reception(
+            run, self.gang, self._crew, say, local=local, token=token, fleet=fleet is not None, scheduler=scheduler
+        )
+        self._observer = Observer(run, self.gang, self._crew, say)
         self._spawned: set[int] = set()  # nodes whose agents are ours to start again
-        self._signals: list[int] = []
         self._meet_by = time.monotonic() + join_timeout_s
         self._call_by: float | None = None  # when a last call is over
-        self._progress: Progress | None = None  # of this attempt's ranks that have ended
-        self._live: Progress | None = None  # of its rank 0, a moment ago
         self._ran = False  # some attempt has begun, so agents have consoles to write out
 
     # -------------------------------------------------------------------------------------------- the loop
@@ -139,15 +128,18 @@ class Supervisor:
             raise UsageError(
                 f"{len(self.gang.nodes)} nodes: {error.strerror}; raise the limit, or start fewer"
             ) from error
-        self._wake_read, self._wake = wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        handled: set[int] = {*stop_signals(self.run.spec), signal.SIGCHLD, SIGNAL}
+        self._waking = Waking()
+        self._relay = Relay(on_drained=self._waking.rouse)
+        handled: set[int] = set(stop_signals(self.run.spec))
         if self._scheduler is not None:
             handled |= {signal.SIGUSR1, signal.SIGUSR2}  # what sbatch --signal is usually told to send
-        old = {number: signal.signal(number, self._note_signal) for number in handled}
+        for number in handled:
+            self._waking.on(number)
+        self._waking.on(signal.SIGCHLD, note=False)
+        self._waking.on(SIGNAL, afterwards=signal.SIG_IGN)
         if not self._own_session:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # the rank on the terminal gets it from the terminal
-        old_fd = signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
-        self._selector.register(wake_read, selectors.EVENT_READ, "wake")
+        self._selector.register(self._waking, selectors.EVENT_READ, "wake")
         if self._listener is not None:
             self._listener.setblocking(False)
             self._selector.register(self._listener, selectors.EVENT_READ, "listener")
@@ -176,20 +168,15 @@ class Supervisor:
         finally:
             self._put_down()
             self._crew.presence.end()
-            if self._audience.due is not None:
-                self._audience.close()
+            self._observer.close()
             self._relay.close()
-            signal.set_wakeup_fd(old_fd)
-            for number, handler in old.items():
-                signal.signal(number, handler if number != SIGNAL else signal.SIG_IGN)
+            self._waking.close()
             self._selector.close()
-            os.close(wake_read)
-            os.close(wake_write)
 
     @property
     def progress(self) -> Progress | None:
         """Of the last attempt's ranks that have ended; of rank 0 as it ran, if all were lost with their agents."""
-        return self._progress or self._live
+        return self._observer.progress
 
     @property
     def lost(self) -> dict[str, str]:
@@ -197,33 +184,23 @@ class Supervisor:
         outcome = self.gang.outcome
         if outcome is None or outcome.status != "failed" or outcome.root is not None:
             return {}
-        return {self._host_of.get(i, f"node {i}"): how for i, how in self.gang.gone.items()}
-
-    def _rouse(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            os.write(self._wake, b"\0")
-
-    def _note_signal(self, number: int, _: Any) -> None:
-        if number != signal.SIGCHLD:
-            self._signals.append(number)
+        hosts = self._crew.hosts(self.gang.gone)
+        return {host or f"node {i}": how for host, (i, how) in zip(hosts, self.gang.gone.items(), strict=True)}
 
     def _turn(self) -> None:
         self._crew.presence.turned(time.monotonic())
         for key, _ in self._selector.select(self._until_next()):
             if key.data == "wake":
-                with contextlib.suppress(BlockingIOError):
-                    while os.read(self._wake_read, 4096):
-                        pass
+                self._waking.heard()
             elif key.data == "listener":
                 assert self._listener is not None
                 self._crew.accept(self._listener)
             else:
                 self._hear(key.data)
-        while self._signals:
-            number = self._signals.pop(0)
+        while self._waking.signals:
+            number = self._waking.signals.pop(0)
             if number == SIGNAL:
-                if not self._audience.called(time.monotonic()):
-                    self._take_census(None)
+                self._observer.called()
                 continue
             if self._watch is not None and number != signal.SIGINT:
                 self._heed(self._watch.inquire(number))
@@ -241,10 +218,7 @@ class Supervisor:
         if self._watch is not None:
             self._heed(self._watch.look(running=self.gang.phase is Phase.RUNNING))
         self._relay.settle()
-        if self._census is not None and time.monotonic() >= self._census.by:
-            self._end_census(self._census)
-        if self._audience.due is not None and time.monotonic() >= self._audience.due:
-            self._ask_for_vitals()
+        self._end_hung(self._observer.look())
         if self.gang.phase is not Phase.STOPPING:
             self._quiet_by = None
         elif self._quiet_by is not None and time.monotonic() >= self._quiet_by:
@@ -275,10 +249,7 @@ class Supervisor:
             due.append(wait_s)
         if self._quiet_by is not None:
             due.append(self._quiet_by - time.monotonic())
-        if self._census is not None:
-            due.append(self._census.by - time.monotonic())
-        if self._audience.due is not None:
-            due.append(self._audience.due - time.monotonic())
+        due += [at - time.monotonic() for at in self._observer.due()]
         if self._roll is not None and (wait_s := self._roll.wait_s()) is not None:
             due.append(wait_s)
         return max(0.0, min(due))
@@ -330,76 +301,6 @@ class Supervisor:
         self._heed(self._watch.inquire())
         return self._watch.stopping
 
-    def _at_step(self, progress: Progress) -> None:
-        """Rank 0 is so far: what people see of a run that runs, and what the time before its limit is learned from."""
-        self._live = progress
-        if self._watch is not None:
-            self._watch.save_s = progress.save_s
-        if time.monotonic() - self._shown >= _SHOWN_EVERY_S:
-            self._shown = time.monotonic()
-            self.run.set_state(progress=progress.to_json())
-
-    def _ask_for_clock(self, agent: Agent) -> None:
-        """How far its clock is from ours now; ours is that of all agents that were started on this machine."""
-        now = time.monotonic_ns()
-        if (agent.process is None or self._roll is not None) and agent.clock.wants(now):
-            self._crew.tell(agent, {"clock": now})
-
-    def _compare(self, agent: Agent, pace: dict[str, Any], attempt: int) -> None:
-        """A node tells how fast its ranks are: name those that hold up the others."""
-        if self.gang.phase is not Phase.RUNNING or attempt != self.gang.attempt or agent.index is None:
-            return
-        self._samples.take(attempt, pace, time.monotonic())
-        if self._paces is None or self._paces.attempt != attempt:
-            self._paces = Paces(attempt, len(self.gang.nodes))
-        for slow in self._paces.told(agent.index, agent.host, pace, time.monotonic()):
-            self.run.event("slow", attempt=attempt, **slow.to_json())
-            self._say(str(slow))
-
-    def _ask_for_vitals(self) -> None:
-        """Somebody watches: ask the agents what their ranks do."""
-        if self._audience.unwritten:
-            self._show_vitals()
-        nodes, most = self._audience.ask(time.monotonic(), self.gang.busy)
-        for node in nodes:
-            self._crew.send(node, {"vitals": {"most": most}})
-        if not nodes and self._audience.due is not None:
-            self._show_vitals()
-
-    def _show_vitals(self) -> None:
-        gang = self.gang
-        about = {"attempt": gang.attempt, "phase": gang.phase.value, "hosts": self._hosts(gang.members),
-                 "slow": [] if self._paces is None else self._paces.slow}  # fmt: skip
-        self.run.keep(ANSWER, lambda: self._audience.write(about))
-
-    # -------------------------------------------------------------------------------------------- stacks
-
-    def _stalled(self, rank: int, seconds: float, *, tells: bool) -> None:
-        if self.gang.phase is Phase.RUNNING and (self._census is None or self._census.hang is None):
-            what = "has made no step" if tells else "has printed nothing"
-            self._take_census(f"rank {rank} {what} for {seconds:.0f} s")
-
-    def _take_census(self, hang: str | None) -> None:
-        """Ask all ranks where they are. hang: why they are to be ended then; None: a person wants to know."""
-        if self.gang.phase is not Phase.RUNNING:
-            return
-        if self._census is None:
-            name = f"attempt-{self.gang.attempt}-{time.strftime('%H%M%S')}"
-            self._census = Census(name, set(self.gang.busy))
-            for node in self._census.awaited:
-                self._crew.send(node, {"stacks": name})
-        self._census.hang = self._census.hang or hang
-
-    def _end_census(self, census: Census) -> None:
-        self._census = None
-        told = census.told()
-        self.run.write(f"stacks/{census.name}/groups.json", census.to_json())  # the nodes have put the whole beside
-        self.run.event("stacks", name=census.name, attempt=self.gang.attempt, hang=census.hang, told=told)
-        went_on = "; it goes on now" if census.hang is not None and not census.hangs else ""
-        self._say(f"{census.hang or 'stacks'}{went_on}: {told} (all of it: {self.run.path / 'stacks' / census.name})")
-        if census.hangs:
-            self._do(self.gang.hung(f"{census.hang}: {told}"))
-
     # -------------------------------------------------------------------------------------------- agents
 
     def _call_the(self, roll: Roll) -> None:
@@ -413,7 +314,7 @@ class Supervisor:
         """Look who no longer says that it is there."""
         late, silent = self._crew.pulse.look(time.monotonic())
         for node, seconds in late.items():
-            self.run.event("late", node=node, host=self._host_of[node], seconds=round(seconds, 2))
+            self.run.event("late", node=node, host=self._crew.hosts([node])[0], seconds=round(seconds, 2))
         for node, seconds in silent.items():
             if (agent := self._crew.of(node)) is not None:  # giving another up may have ended all of a step
                 who = f"{agent.host} " if agent.process is None else ""
@@ -437,8 +338,6 @@ class Supervisor:
             agent.hopeless = 2 if message["leaving"]["code"] == UsageError.exit_code else None
         elif not agent.joined or agent.index is None:
             raise ValueError("no hello")
-        elif "beat" in message:
-            self._ask_for_clock(agent)
         elif "store" in message:
             self._do(self.gang.store_ready(message["attempt"], message["store"]["addr"], message["store"]["port"]))
         elif "exited" in message:
@@ -446,27 +345,10 @@ class Supervisor:
             if ended.failed and self.gang.phase is Phase.RUNNING and self._stopped_by_scheduler():
                 ended = replace(ended, asked=True)  # of the scheduler's signal, which came before our own word
             progress = None if message["progress"] is None else Progress(**message["progress"])
-            if message["attempt"] == self.gang.attempt and progress is not None:
-                self._progress = progress.and_of(self._progress)
+            self._observer.rank_ended(message["attempt"], progress)
             self._do(self.gang.rank_exited(message["attempt"], ended, progress))
-        elif "stalled" in message:
-            self._stalled(**message["stalled"])
-        elif "stacks" in message:
-            answer = message["stacks"], agent.index, message["groups"], message["still"], message["lacking"]
-            if self._census is not None and self._census.answered(*answer):
-                self._end_census(self._census)
         elif "console" in message:
             self._relay.take(agent.link, message["console"], message["text"])
-        elif "progress" in message:
-            self._at_step(Progress(**message["progress"]))
-        elif "vitals" in message:
-            if self._audience.answered(agent.index, agent.host, message["vitals"]):
-                self._show_vitals()
-        elif "clock" in message:
-            agent.clock.answered(message["clock"], message["ns"], time.monotonic_ns())
-            self._ask_for_clock(agent)
-        elif "pace" in message:
-            self._compare(agent, message["pace"], message["attempt"])
         elif "drained" in message:
             if self._watch is not None:  # the ranks may have died of it
                 self._heed(self._watch.explain(running=self.gang.phase is Phase.RUNNING))
@@ -476,77 +358,32 @@ class Supervisor:
         elif "signalled" in message and self.gang.stop_cause is None:
             # Once: whoever signals every process of a node or of a job means one stop.
             self._stop(f"{signal_name(message['signalled'])} to the agent of node {agent.index}")
+        else:
+            self._end_hung(self._observer.heard(agent, agent.index, message))
+            if self._watch is not None and self._observer.live is not None:
+                self._watch.save_s = self._observer.live.save_s  # what the time before its limit is learned from
+
+    def _end_hung(self, why: str | None) -> None:
+        if why is not None:
+            self._do(self.gang.hung(why))
 
     def _greet(self, agent: Agent, hello: dict[str, Any]) -> None:
-        if agent.process is None and not hmac.compare_digest(str(hello["token"]), self._token):
-            self._refuse(agent, "the run's token differs: this node was started for another run (compare --rdzv-id)")
+        actions = self._reception.greet(agent, hello)
+        if actions is None:
             return
-        index = hello["node_rank"]
-        if index is None:
-            taken = () if agent.process is not None else self._local
-            index = next((i for i in self.gang.missing if i not in taken), None)
-        if index is None or not 0 <= index < len(self.gang.nodes):
-            self._refuse(
-                agent, f"node rank {hello['node_rank']} is outside 0..{len(self.gang.nodes) - 1}, or all nodes are here"
-            )
-            return
-        # The node whose agent is started right here has its place even before that agent has said hello.
-        if index in self.gang.here or (agent.process is None and index in self._local):
-            self._refuse(agent, f"node rank {index} is taken by another node; give each its own --node-rank")
-            return
-        host, pid, started = str(hello["host"]), int(hello["pid"]), int(hello["started"])
-        self._crew.admit(agent, index, host=host, pid=pid, started=started)
-        self._host_of[index] = agent.host
+        assert agent.index is not None
+        index = agent.index
         if agent.process is not None:
             self._spawned.add(index)
-        if agent.process is None or self._roll is not None:
-            agent.clock.told(hello["now_ns"], time.monotonic_ns())
         if self._roll is not None and self._remains is not None:
             self._roll.came(index)
             self._remains.end(index)
-        slots = self.run.spec.slots[index]
-        agent.link.send(
-            {
-                "spec": replace(self.run.spec, procs=slots).to_json(),
-                "run_id": self.run.run_id,
-                "run_dir": str(self.run.path),
-                "created": self.run.created,
-                "heir": self._scheduler.heir if self._scheduler is not None and index == 0 else [],
-                "scheduled": self._scheduler is not None,
-                "orphan_grace_s": self._orphan_grace_s(),
-            }
-        )
-        procs = hello["procs"] if isinstance(hello["procs"], int) else slots
-        self._locate(agent, index, hello["address"])
-        self._do(self.gang.node_here(index, procs, self._addresses.of(index), agent.host))
+        self._do(actions)
         if self.gang.phase in (Phase.RUNNING, Phase.STOPPING):
             self.run.event("node-here", node=index, host=agent.host)
-            self.run.set_state(spares=self._hosts(self.gang.standing_by))
+            self.run.set_state(spares=self._crew.hosts(self.gang.standing_by))
             if self.gang.calling:
                 self._say(f"node {index} ({agent.host}) is here: it is taken in in {self.run.spec.last_call_s:g} s")
-
-    def _orphan_grace_s(self) -> float:
-        """How long the ranks have to leave when this process is gone."""
-        if self._scheduler is not None:
-            return self._scheduler.orphan_grace_s
-        # On other machines the way here may be what is gone: that is no reason to lose what was trained.
-        return self.run.spec.grace if self._roll is not None else 1.0
-
-    def _locate(self, agent: Agent, index: int, told: str | None) -> None:
-        """Learn where the others reach a node."""
-        if self._roll is not None:
-            self._addresses.by_ssh(index, told)
-        elif agent.process is not None:
-            self._addresses.spawned_here(index)
-        else:
-            self._addresses.connected(index, str(told), str(agent.link.sock.getsockname()[0]))
-        for node, address in self._addresses.of_all_here().items():
-            self.gang.nodes[node].address = address  # it may have come before anybody had reached this host
-
-    def _refuse(self, agent: Agent, why: str) -> None:
-        self._crew.tell(agent, {"refused": why})
-        self._say(f"refused a node: {why}")
-        self._crew.drop(agent)
 
     def _give_up_the_silent(self) -> None:
         for agent in self._crew:
@@ -641,22 +478,18 @@ class Supervisor:
     def _started(self, world_size: int) -> None:
         gang = self.gang
         self._ran = True
-        self._progress = self._live = None
-        for agent in self._crew:
-            if agent.joined:
-                self._ask_for_clock(agent)
-        record.attempt_begins(
-            self.run, gang.attempt, world_size, self._hosts(gang.members), self._hosts(gang.standing_by)
-        )
+        self._observer.attempt_begins()
+        members, spares = self._crew.hosts(gang.members), self._crew.hosts(gang.standing_by)
+        record.attempt_begins(self.run, gang.attempt, world_size, members, spares)
         if gang.missing and self._roll is not None:
             self._roll.go_on_without(gang.missing)
         if self.run.spec.elastic:
-            waits = f"; standing by: {', '.join(self._hosts(gang.standing_by))}" if gang.standing_by else ""
-            self._say(f"attempt {gang.attempt}: {world_size} rank(s) on {', '.join(self._hosts(gang.members))}{waits}")
+            waits = f"; standing by: {', '.join(spares)}" if spares else ""
+            self._say(f"attempt {gang.attempt}: {world_size} rank(s) on {', '.join(members)}{waits}")
 
     def _again(self, action: Action) -> None:
         """An attempt is over, and another one comes."""
-        self._census = None  # of ranks that are no more
+        self._observer.attempt_over()
         said = action.message
         record.attempt_over(self.run, self.gang.attempt - 1, said, action.outcome, self.progress)
         if said["restart"] is not None:
@@ -671,9 +504,9 @@ class Supervisor:
 
     def _node_lost(self, index: int, how: str) -> None:
         """One that nothing runs on."""
-        self.run.event("node-lost", node=index, host=self._host_of.get(index, ""), how=how)
+        self.run.event("node-lost", node=index, host=self._crew.hosts([index])[0], how=how)
         self._say(f"node {index}: {how}; it is not needed")
-        self.run.set_state(spares=self._hosts(self.gang.standing_by))
+        self.run.set_state(spares=self._crew.hosts(self.gang.standing_by))
 
     # -------------------------------------------------------------------------------------------- the end
 
@@ -698,12 +531,8 @@ class Supervisor:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._step.wait(max(0.01, deadline - time.monotonic()))
 
-    def _hosts(self, nodes: Iterable[int]) -> list[str]:
-        return [self._host_of.get(i, "") for i in nodes]
-
     def _put_down(self) -> None:
         """Nothing that was started here is left, however this ends."""
-        self._samples.close(time.monotonic())
         if self._step is not None:
             self._end_step(4 if self._ran and not self.unreachable else 0.1)
         left = [agent.process for agent in self._crew if agent.process is not None]
