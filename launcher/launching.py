@@ -279,6 +279,8 @@ def _tell(folder: runs.RunFolder, outcome: Outcome, name: str | None = None) -> 
     else:
         say(f"{name} failed with exit code {outcome.code}")
         _print_err(report(outcome, folder))
+    for trouble in folder.notices.wait():
+        say(trouble)
     if folder.gaps is not None:
         say(folder.gaps)
 

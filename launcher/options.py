@@ -51,7 +51,7 @@ SBATCH = ("partition", "account", "qos", "time", "mem", "constraint", "nodelist"
 _GROUPS = (
     ("Ranks", ("gpus", "procs", "nodes", "spares", "hosts", "sync", "backend", "preload", "no_preload")),
     ("Program", ("module", "no_python", "env")),
-    ("Run", ("run", "max_restarts", "grace", "hang_timeout", "preflight", "snapshot", "no_snapshot")),
+    ("Run", ("run", "max_restarts", "grace", "hang_timeout", "preflight", "notify", "snapshot", "no_snapshot")),
     ("Many runs", ("array", "sweep", "sweep_file")),
     ("Output", ("show_ranks", "log_dir", "tee", "redirects", "local_ranks_filter")),
     ("Slurm (any of these, or --nodes, submits a job)",
@@ -108,6 +108,7 @@ PARAMETERS: list[click.Parameter] = [
                  metavar="S", help="seconds from SIGTERM to SIGKILL [30, or till Slurm's deadline]"),
     click.Option(["--hang-timeout"], metavar="S|off", help="no step for so long is a failure [learned]"),
     click.Option(["--preflight"], is_flag=True, help="look at the machines first"),
+    click.Option(["--notify"], metavar="COMMAND", help="told of failures, requeues and the end"),
     click.Option(["--show-ranks"], metavar="0,3|all|none", help="global ranks shown on the console [0]"),
     click.Option(["--log-dir"], envvar="PET_LOG_DIR", metavar="DIR", help="where --tee and --redirects write too"),
     click.Option(["-t", "--tee"], envvar="PET_TEE", metavar="0-3|R:N",

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from launcher.progress import Progress
     from launcher.runs import RunFolder
 
-__all__ = ["attempt_begins", "attempt_over", "report", "run_over"]
+__all__ = ["attempt_begins", "attempt_over", "report", "run_over", "told"]
 
 
 def attempt_begins(run: RunFolder, attempt: int, world_size: int, hosts: Sequence[str], spares: Sequence[str]) -> None:
@@ -38,6 +38,7 @@ def attempt_over(
     )
     if outcome is not None:
         _failure(run, attempt, outcome)
+        run.notices.tell("failure", **told(outcome, attempt))
 
 
 def run_over(run: RunFolder, gang: Gang, outcome: Outcome, progress: Progress | None) -> None:
@@ -53,6 +54,15 @@ def run_over(run: RunFolder, gang: Gang, outcome: Outcome, progress: Progress | 
         progress=None if progress is None else progress.to_json(),
     )
     run.set_state(status=outcome.status, exit_code=outcome.code, cause=outcome.cause, spares=[])
+    if run.spec.slurm is None:  # else it may go back into the queue
+        run.notices.tell("end", **told(outcome, gang.attempt))
+
+
+def told(outcome: Outcome, attempt: int) -> dict[str, Any]:
+    """What a notice says of an outcome."""
+    fault = None if outcome.fault is None else outcome.fault.kind
+    return {"status": outcome.status, "cause": outcome.cause, "fault": fault, "exit_code": outcome.code,
+            "attempt": attempt}  # fmt: skip
 
 
 def _failure(run: RunFolder, attempt: int, outcome: Outcome) -> None:

@@ -143,6 +143,7 @@ def _spec_from(o: dict[str, Any], where: Where) -> LaunchSpec:
         max_restarts=restarts,
         grace_s=grace,
         hang_timeout_s=_hang_timeout(o["hang_timeout"]),
+        notify=o["notify"],
         preflight=o["preflight"],
         preload=preload,
         output=_output(o),

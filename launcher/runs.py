@@ -7,6 +7,7 @@ failure.json            the first failure of the last failed attempt
 stop-<attempt>.json     cause and deadline of a stop request, written before the ranks are told
 logs/attempt-<n>/rank-<r>.log   everything that rank printed
 samples.jsonl           what the ranks took over time: steps, memory, saves; bounded
+notify.log              what the command of --notify printed
 stacks/attempt-<n>-<time>/      where all ranks were, after a hang or when somebody asked
 run.lock                held while a launch works on the run
 """
@@ -24,6 +25,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from launcher.errors import RunError, UsageError
+from launcher.notices import Notices
 from launcher.spec import RUN_NAME, LaunchSpec
 
 if TYPE_CHECKING:
@@ -123,6 +125,7 @@ class RunFolder:
         self.spec = spec
         self.created = created
         self._lock = lock
+        self.notices = Notices(self)
         self._say: Callable[[str], None] | None = None
         self._said = False
         self._lost: dict[str, str] = {}  # files that could not be written, and why

@@ -165,7 +165,8 @@ class LaunchSpec:
     `--nproc-per-node N`).
     grace_s: seconds from SIGTERM to SIGKILL after a stop request (None: until the scheduler's deadline, 30 where there
     is none). hang_timeout_s: seconds without a step after which ranks count as hung (None: learned; 0: never).
-    preflight: whether the machines are looked at before each time that the run begins on them.
+    preflight: whether the machines are looked at before each time that the run begins on them. notify: a shell line
+    that is told of failures, requeues and the end.
     """
 
     program: Program
@@ -180,6 +181,7 @@ class LaunchSpec:
     grace_s: float | None = None
     hang_timeout_s: float | None = None
     preflight: bool = False
+    notify: str | None = None
     preload: tuple[str, ...] = ("torch",)
     output: Output = field(default_factory=Output)
     meeting: Meeting | None = None
@@ -208,6 +210,8 @@ class LaunchSpec:
             raise UsageError(f"--hang-timeout is {self.hang_timeout_s!r}; it must be a number of seconds, or off")
         if self.master_port is not None and not 0 <= self.master_port <= 65535:
             raise UsageError(f"--master-port {self.master_port}: give a port from 1 to 65535, or 0 for a free one")
+        if self.notify is not None and (not self.notify.strip() or "\0" in self.notify):
+            raise UsageError(f'--notify {self.notify!r}: give a command for the shell, like "mail -s done me"')
         for name in self.preload:
             if not all(part.isidentifier() for part in name.split(".")):
                 raise UsageError(f"--preload {name!r} is no module name; give names like torch,torchvision")

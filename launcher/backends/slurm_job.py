@@ -28,8 +28,9 @@ from launcher.backends.slurm_tools import AwayError, ask
 from launcher.errors import ClusterError, LaunchError, MeetingError
 from launcher.failure import signal_name
 from launcher.gang import Outcome
+from launcher.notices import LIMIT_S
 from launcher.processes import become_subreaper
-from launcher.record import report
+from launcher.record import report, told
 from launcher.runs import RunFolder
 from launcher.starting import agent_command, python_command
 from launcher.supervisor import Supervisor
@@ -45,6 +46,8 @@ __all__ = ["Job", "bootstrap", "command", "run"]
 _HURRY_S = 5.0
 # How long a controller may be away: a restart takes seconds, the failover to another one minutes.
 _AWAY_S = 600.0
+# What a person's own command has before the job is requeued, which ends it here.
+_BEFORE_REQUEUE_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -349,6 +352,13 @@ def _record(folder: RunFolder, outcome: Outcome, attempt: int) -> None:
     folder.set_state(status=outcome.status, exit_code=outcome.code, cause=outcome.cause)
 
 
+def _notify(folder: RunFolder, event: str, facts: dict[str, Any], say: Callable[[str], None]) -> None:
+    """Tell the person's command. A requeue waits for it less: Slurm may be about to kill what is left here."""
+    folder.notices.tell(event, **facts)
+    for trouble in folder.notices.wait(LIMIT_S if event == "end" else _BEFORE_REQUEUE_S):
+        say(trouble)
+
+
 def _conclude(
     folder: RunFolder,
     job: Job,
@@ -367,9 +377,11 @@ def _conclude(
     folder.event("job-end", job_id=job.before.job_id, restart=job.restart, again=again, why=verdict.why, cause=cause)
     if folder.gaps is not None:
         say(folder.gaps)
+    facts = told(outcome, int(folder.state()["attempt"])) | {"job_id": job.before.job_id, "why": verdict.why}
     if outcome.status == "finished":
         folder.set_state(**values)
         say(f"run {folder.run_id} finished")
+        _notify(folder, "end", facts, say)
         return 0
     if outcome.status == "failed":
         say(f"run {folder.run_id} failed with exit code {outcome.code}")
@@ -378,14 +390,17 @@ def _conclude(
         folder.set_state(**values)
         more = f"; go on with: launch resume {folder.path}" if outcome.status == "stopped" else ""
         say(f"run {folder.run_id} {outcome.status} ({verdict.why}){more}")
+        _notify(folder, "end", facts, say)
         return outcome.code
     folder.set_state(status="stopped", cause=verdict.why, **values)
     if verdict.by_slurm:
         say(f"{verdict.why}: Slurm has put the job back into the queue")
         folder.event("requeued", job_id=job.before.job_id, restart=job.restart, by="Slurm")
+        _notify(folder, "requeue", facts, say)
         folder.close()
         job.avoid(sorted(excluded))
     elif _mark(folder.path, job, verdict.why, by=by):
+        _notify(folder, "requeue", facts, say)
         if job.slurm.requeue == "resubmit":
             _resubmit(folder, job, verdict.why, sorted(excluded), say)
         else:

@@ -128,7 +128,7 @@ def at_rest(job: Job) -> None:
 
 
 def test_preempted_in_training(lab, submit, undisturbed):
-    job = submit("--slow-from", "14")
+    job = submit("--slow-from", "14", options=("--notify", 'cat >> "$LAUNCH_RUN_DIR/told.jsonl"'))
     job.wait_step(14)
     preempt(job)
     job.wait(lambda: job.of("requeued"), "the requeue")
@@ -139,6 +139,10 @@ def test_preempted_in_training(lab, submit, undisturbed):
     assert [e["by"] for e in job.of("requeued")] == ["supervisor"]
     assert [e["restart"] for e in job.of("job")] == [0, 1]
     assert len(job.markers) == 1
+    told = [json.loads(line) for line in (job.folder / "told.jsonl").read_text().splitlines()]
+    assert [(t["event"], t["status"], t["job_id"]) for t in told] == [
+        ("requeue", "stopped", job.id), ("end", "finished", job.id),
+    ]  # fmt: skip
 
 
 def test_the_time_limit_is_foreseen(submit, lab, undisturbed):

@@ -15,7 +15,7 @@ PACKAGES = ("launcher", "trainer")
 # DESIGN.md: what stands further left knows nothing of what stands further right.
 ORDER = {
     "errors": 0, "hardware": 0, "processes": 0, "progress": 0, "stacks": 0, "native": 1, "hangs": 1, "pace": 1,
-    "vitals": 1, "nvml": 0, "clocks": 0,
+    "vitals": 1, "nvml": 0, "clocks": 0, "notices": 1,
     "spec": 1, "topology": 2, "channel": 2, "logs": 2,
     "worker": 2, "runs": 2, "failure": 2, "faults": 2, "config": 2, "index": 3, "gang": 3, "zygote": 3, "snapshot": 3,
     "history": 3, "samples": 3, "starting": 3, "scheduling": 3, "fleet": 3, "watching": 3, "arrival": 3,
