@@ -6,11 +6,12 @@ after the request took effect. Whatever comes of the save: the newest loadable c
 than the last acknowledged one, and the next save works. "one" tries a request of each kind, "all" every request.
 
 Then botocore's checksums are switched off, as a user can, and a bit of what is written changes on the way: in a folder
-of shards, never to be acknowledged. (With them it is S3 that finds it; moto's server does not compare.)
+of shards, never to be acknowledged. With them it is S3 that refuses what was changed or cut, and here the proxy.
 """
 
 from __future__ import annotations
 
+import base64
 import http.client
 import itertools
 import os
@@ -19,6 +20,7 @@ import sys
 import threading
 import time
 import warnings
+import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TextIO
 from urllib.parse import urlsplit
@@ -92,6 +94,11 @@ class Proxy(BaseHTTPRequestHandler):
             headers["Content-Length"] = str(len(body))
         if fault == "flip":
             body = body[:-1] + bytes([body[-1] ^ 1])
+        sent = self.headers.get("x-amz-checksum-crc32")
+        if sent is not None and sent != base64.b64encode(zlib.crc32(body).to_bytes(4, "big")).decode():
+            # As S3 does; moto's server compares nothing.
+            self._answer(400, {}, b"<Error><Code>BadDigest</Code></Error>")
+            return
         connection = http.client.HTTPConnection(SERVER.hostname, SERVER.port, timeout=60)
         connection.request(self.command, self.path, body or None, headers)
         response = connection.getresponse()
