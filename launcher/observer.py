@@ -14,6 +14,7 @@ from launcher.pace import Paces
 from launcher.progress import Progress
 from launcher.samples import Recorder
 from launcher.stacks import Census
+from launcher.surroundings import Note
 from launcher.vitals import ANSWER, Audience
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Observer"]
 
+_NOTE_WITHIN_S = 2.0
 _SHOWN_EVERY_S = 30.0  # a write to a shared file system
 
 
@@ -42,6 +44,7 @@ class Observer:
         self._shown = 0.0
         self._census: Census | None = None  # of stacks, while nodes still answer
         self._paces: Paces | None = None
+        self._note: Note | None = None
         self._samples = Recorder(run.path, sum(run.spec.slots), len(run.spec.slots))
         self._audience = Audience(run.path)
 
@@ -51,6 +54,8 @@ class Observer:
         return self._ended or self.live
 
     def attempt_begins(self) -> None:
+        if self._note is None:
+            self._note = Note(self._run.path, self._run.spec, self._gang.attempt)
         self._ended = self.live = None
         for agent in self._crew:
             if agent.joined:
@@ -106,6 +111,8 @@ class Observer:
 
     def close(self) -> None:
         self._samples.close(time.monotonic())
+        if self._note is not None:
+            self._note.wait(_NOTE_WITHIN_S)
         if self._audience.due is not None:
             self._audience.close()
 

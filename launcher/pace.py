@@ -94,11 +94,12 @@ def summary(paces: Iterable[Pace], taken: Iterable[Taken] = (), progress: Progre
     found, alive = list(paces), list(taken)
     slowest = sorted(found, key=lambda p: -p.own_s)[:_EXPLAINED]
     saved = None if progress is None or progress.saved is None else progress
+    begun = progress is not None and (progress.step > 0 or progress.began is not None)
     return {
         "alive": [t.rank for t in alive],
         "rss": [round(t.rss / _MIB, 1) for t in alive],
         "gpu": [None if t.gpu is None else round(t.gpu / _MIB, 1) for t in alive],
-        "step": None if progress is None else progress.step,
+        "step": progress.step if progress is not None and begun else None,
         "save": None if saved is None else [saved.saved, saved.save_s, saved.stall_s],
         "ranks": [p.rank for p in found],
         "own_s": [_short(p.own_s) for p in found],

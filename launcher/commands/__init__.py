@@ -28,6 +28,7 @@ NAMES = {
     "ls": "list runs",
     "show": "one run: its attempts, why each ended, what was lost",
     "logs": "what its ranks printed; -f follows",
+    "report": "one page of HTML: attempts, metrics, ranks, checkpoints, code",
     "wait": "wait for its end, exit as it did",
     "cancel": "ask it to save and leave",
     "config": "which defaults hold, and from which file",

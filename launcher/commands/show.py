@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from launcher.history import Attempt
     from launcher.standing import Standing
 
-__all__ = ["run"]
+__all__ = ["failure_text", "past", "run"]
 
 COMMAND = click.Command(
     "show",
@@ -52,7 +52,7 @@ def _json(standing: Standing) -> dict[str, object]:
     if standing.elements:
         return standing.to_json()
     return standing.to_json() | {
-        "history": _past(standing).to_json(),
+        "history": past(standing).to_json(),
         "avoids": _avoided(standing),
         "failure": read_json(standing.folder / "failure.json") if standing.status == "failed" else None,
     }
@@ -75,20 +75,20 @@ def _text(s: Standing) -> list[str]:
         facts["spares"] = f"{', '.join(spares)} standing by"
     if avoided := _avoided(s):
         facts["avoids"] = "; ".join(f"{host} ({why})" for host, why in avoided.items())
-    past = _past(s)
-    if past.attempts:
-        facts["time"] = _times(past)
-    if past.lost_steps is not None:
-        facts["lost"] = f"{past.lost_steps} step{'s' if past.lost_steps != 1 else ''}"
+    story = past(s)
+    if story.attempts:
+        facts["time"] = _times(story)
+    if story.lost_steps is not None:
+        facts["lost"] = f"{story.lost_steps} step{'s' if story.lost_steps != 1 else ''}"
     text += _facts(facts)
-    if past.attempts:
-        text += ["", *_attempts(past, columns)]
-    if s.status == "failed" and (report := _failure(s)):
+    if story.attempts:
+        text += ["", *_attempts(story, columns)]
+    if s.status == "failed" and (report := failure_text(s)):
         text += ["", report]
     return text
 
 
-def _past(s: Standing) -> History:
+def past(s: Standing) -> History:
     """Its history; of an attempt that runs, with where it was half a minute ago at most."""
     past = history.read(s.folder)
     live = (read_json(s.folder / "state.json") or {}).get("progress")
@@ -144,7 +144,7 @@ def _row(a: Attempt) -> tuple[str, ...]:
     return str(a.number), a.status, duration(ran), duration(a.waited_s), steps, saved, lost, hosts
 
 
-def _failure(s: Standing) -> str:
+def failure_text(s: Standing) -> str:
     """The report that stood on the screen when it failed."""
     record = read_json(s.folder / "failure.json")
     if record is None:

@@ -30,7 +30,7 @@ def test_what_can_stand_where(tmp_path, monkeypatch) -> None:
     (run / "run.json").touch()
     index.register(run, 5e9, "4711")
     assert complete("launch", "lo") == ["plain,logs"]
-    assert complete("launch", "re") == ["plain,resume", "plain,retry"]
+    assert complete("launch", "re") == ["plain,report", "plain,resume", "plain,retry"]
     assert complete("launch", "--sweep") == ["plain,--sweep", "plain,--sweep-file"]
     assert complete("launch", "--requeue", "re") == ["plain,resubmit"]
     assert complete("launch", "tra") == ["file,tra"]

@@ -21,6 +21,7 @@ ORDER = {
     "history": 3, "samples": 3, "starting": 3, "scheduling": 3, "fleet": 3, "watching": 3, "arrival": 3,
     "addresses": 3, "pulse": 3, "crew": 4, "fence": 3, "record": 4, "agent": 4, "elastic": 4,
     "waking": 0, "observer": 4, "reception": 4, "supervisor": 4,
+    "scrub": 0, "surroundings": 3, "report": 8,
     "arrays": 5, "sweep": 5, "backends": 5, "options": 6, "hosts": 6, "where": 7, "request": 7, "standing": 7,
     "commands": 8, "doctor": 5, "launching": 9, "cli": 9, "call": 0, "jobs": 9, "calling": 10,
     "__init__": 11,
