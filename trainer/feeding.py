@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from trainer.errors import ConfigError
 from trainer.hooks import overridden
 from trainer.module import Module
+from trainer.prefetch import prefetch
 from trainer.preparation import make_evaluation
 from trainer.ranks import rank_zero_info, rank_zero_warn
 from trainer.sources import Loaders, Source
@@ -78,6 +79,7 @@ class RunData:
         trainer = self._trainer
         loaders = self.train()
         run.feed = loaders.training_feed()
+        prefetch(run)
         run.batches_per_epoch = batches = loaders.batches
         if trainer.loggers and batches < trainer.log_every_n_steps and not trainer.fast_dev_run:
             rank_zero_info(

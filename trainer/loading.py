@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
     from trainer.distributed import World
 
-__all__ = ["Feed", "make_feed", "map_tensors", "to_device"]
+__all__ = ["Feed", "draws_apart", "make_feed", "map_tensors", "to_device"]
 
 # A sampler without a length that gives more than so many items for each sample of its dataset is taken as endless.
 _ENDLESS = 100
@@ -123,6 +123,10 @@ class _PlannedFeed(Feed):
 
     def _shares(self, epoch: int, consumed: int) -> Iterator[Share]:
         raise NotImplementedError
+
+    def pin_memory(self) -> None:
+        """Have batches in pinned memory from the next iteration on, from where they are copied to a GPU unwaited."""
+        self._loader.__dict__["pin_memory"] = True
 
     @property
     def indices(self) -> list[Any] | None:
@@ -564,6 +568,11 @@ def make_feed(
     if shuffle is None:
         return _SampleFeed(loader, drawn=_Drawn(sampler, loader, seed), shuffle=False, **place)
     return _SampleFeed(loader, drawn=None, shuffle=shuffle if shuffle_override is None else shuffle_override, **place)
+
+
+def draws_apart(feed: Any) -> bool:
+    """Whether to draw a batch changes no random state or other state of this process: loader workers do it all."""
+    return isinstance(feed, _PlannedFeed) and feed._keyed
 
 
 def _shuffles(sampler: Any, *, distribute: bool) -> bool | None:

@@ -99,8 +99,7 @@ def communication_share(events: Iterable[Any], seconds: float) -> float:
     spans = sorted(
         (event.time_range.start, event.time_range.end)
         for event in events
-        if event.name.startswith("gloo:")
-        or (event.device_type.name != "CPU" and "nccl" in event.name.lower())
+        if event.name.startswith("gloo:") or (event.device_type.name != "CPU" and "nccl" in event.name.lower())
     )
     total, until = 0.0, float("-inf")
     for begin, end in spans:
