@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from trainer.distributed import World
+    from trainer.parallel import DataRank
 
 __all__ = ["Feed", "draws_apart", "make_feed", "map_tensors", "to_device"]
 
@@ -539,7 +540,7 @@ class _StreamFeed(Feed):
 def make_feed(
     loader: Any,
     *,
-    world: World,
+    world: World | DataRank,
     seed: int | None,
     train: bool,
     shuffle_override: bool | None = None,

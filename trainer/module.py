@@ -89,7 +89,7 @@ class Module(HyperParameters, DataHooks, nn.Module):
     __jit_unused_properties__ = (
         "example_input_array", "device", "dtype", "on_gpu", "current_epoch", "global_step", "global_rank",
         "local_rank", "logger", "loggers", "trainer", "automatic_optimization", "strict_loading", "hparams",
-        "hparams_initial", "world_size",
+        "hparams_initial", "world_size", "device_mesh",
     )  # fmt: skip
 
     if TYPE_CHECKING:  # torch.jit evaluates a class's annotations, and does not know these
@@ -369,6 +369,12 @@ class Module(HyperParameters, DataHooks, nn.Module):
     def global_step(self) -> int:
         """Optimizer steps taken so far; 0 without a Trainer."""
         return self._trainer.global_step if self._trainer is not None else 0
+
+    @property
+    def device_mesh(self) -> Any:
+        """The ranks as a DeviceMesh, for `configure_model`, with strategies that shard; else None."""
+        parallel = self._trainer.parallel if self._trainer is not None else None
+        return None if parallel is None else parallel.device_mesh
 
     @property
     def global_rank(self) -> int:

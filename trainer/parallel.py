@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,7 @@ from trainer.module import Module
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import MixedPrecisionPolicy
     from torch.optim import Optimizer
 
@@ -32,11 +33,20 @@ _STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 _BUFFERS = {"broadcast_buffers", "forward_sync_buffers"}
 
 
+class DataRank(NamedTuple):
+    """A place among the ranks that share each batch among them."""
+
+    rank: int
+    size: int
+
+
 class Parallel:
     """What every way of running has. `wrap` is called with the module on its device, before optimizers exist."""
 
     name = ""
     sharded = False
+    # So many neighbouring ranks compute one model together, on the same batches.
+    tensor_parallel = 1
 
     def __init__(self) -> None:
         self.world: World
@@ -47,6 +57,16 @@ class Parallel:
         # Called after each step: buffers, which every rank changes by its own batches, become rank 0's on all ranks.
         # None: there are none, or they stay each rank's own.
         self.share_buffers: Callable[[], None] | None = None
+
+    @property
+    def device_mesh(self) -> DeviceMesh | None:
+        """The ranks as a mesh, for a module's `configure_model`; None where there is none."""
+        return None
+
+    @property
+    def data_rank(self) -> DataRank:
+        """Whose share of each batch this rank takes."""
+        return DataRank(self.world.rank // self.tensor_parallel, self.world.size // self.tensor_parallel)
 
     def place(self, module: nn.Module) -> None:
         """Bring the module to the device; what is on the meta device gets its first weights, seeded as torch is."""
@@ -88,14 +108,22 @@ class Parallel:
             torch.nn.utils.clip_grad_value_(tensors, value)
             return None
         norm = self.norm(tensors)
-        torch.nn.utils.clip_grads_with_norm_(tensors, value, norm)
+        for alike in self._alike(tensors):
+            torch.nn.utils.clip_grads_with_norm_(alike, value, norm)
         return norm
 
     def norm(self, parameters: Iterable[Tensor]) -> Tensor:
         """The norm of all gradients, over all ranks: the same on each of them."""
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        # Over shards its parts are still to be summed: once here, and not again by every product with it.
-        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        norms = []
+        for alike in self._alike([p for p in parameters if p.grad is not None]):
+            norm = torch.nn.utils.get_total_norm([p.grad for p in alike if p.grad is not None])
+            # Over shards its parts are still to be summed: once here, and not again by every product with it.
+            norms.append(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+
+    def _alike(self, tensors: list[Tensor]) -> list[list[Tensor]]:
+        """Tensors in groups that torch can work on at once."""
+        return [tensors]
 
     def module_state(self) -> dict[str, Any]:
         """The module's own state_dict (of DTensors where it is sharded)."""
@@ -306,6 +334,9 @@ class FSDP(Parallel):
     parameters in 16 bits and reduces gradients in 32; autocast still chooses each operation's format, so that losses
     and normalisations are computed as with the other strategies.
     cpu_offload: parameters, gradients and optimizer state live on the CPU, and parameters visit the device in use.
+    tensor_parallel: so many neighbouring ranks hold each layer together and take the same batches; weights are sharded
+    over the others. `Module.configure_model` cuts the layers, with torch's `parallelize_module(layer,
+    self.device_mesh["tensor_parallel"], plan)`. On one rank `self.device_mesh` is None, and nothing is cut.
     """
 
     name = "fsdp"
@@ -319,13 +350,17 @@ class FSDP(Parallel):
         reshard_after_forward: bool | int | None = None,
         mp_policy: MixedPrecisionPolicy | None = None,
         cpu_offload: bool = False,
+        tensor_parallel: int = 1,
     ) -> None:
         super().__init__()
+        if type(tensor_parallel) is not int or tensor_parallel < 1:
+            raise ConfigError(f"FSDP(tensor_parallel={tensor_parallel!r}): a number of ranks, at least 1.")
         if replicas is not None and replicas < 1:
             raise ConfigError(f"FSDP(replicas={replicas}): at least 1, or None for one per node.")
         self.units, self.replicas = units, replicas
         self.reshard_after_forward, self.mp_policy = reshard_after_forward, mp_policy
-        self.cpu_offload = cpu_offload
+        self.cpu_offload, self.tensor_parallel = cpu_offload, tensor_parallel
+        self._device_mesh: tuple[World, DeviceMesh] | None = None
 
     def place(self, module: nn.Module) -> None:
         # Layers on the meta device are made and sharded unit by unit, so that there is never more than one of them.
@@ -361,7 +396,10 @@ class FSDP(Parallel):
     def _options(self) -> dict[str, Any]:
         from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 
-        options: dict[str, Any] = {"mesh": self._mesh()}
+        mesh: Any = self.device_mesh
+        if self.tensor_parallel > 1:
+            mesh = mesh[tuple(name for name in mesh.mesh_dim_names if name != "tensor_parallel")]
+        options: dict[str, Any] = {"mesh": mesh}
         if self.reshard_after_forward is not None:
             options["reshard_after_forward"] = self.reshard_after_forward
         if self.mp_policy is not None:
@@ -375,17 +413,28 @@ class FSDP(Parallel):
             options["offload_policy"] = CPUOffloadPolicy(pin_memory=self.world.device.type == "cuda")
         return options
 
-    def _mesh(self) -> Any:
+    @property
+    def device_mesh(self) -> DeviceMesh:
+        """The ranks: "replicate" (if there are replicas), "shard", and "tensor_parallel" (if ranks share layers)."""
         from torch.distributed.device_mesh import init_device_mesh
 
-        size, replicas = self.world.size, self.replicas or self.world.ranks.num_nodes
-        if size % replicas:
-            raise ConfigError(f"FSDP(replicas={replicas}) does not divide the {size} ranks.")
-        # Named by our device: fully_shard's own default is the machine's accelerator, also in a run on the CPU.
-        kind = self.world.device.type
-        if replicas == 1:
-            return init_device_mesh(kind, (size,), mesh_dim_names=("shard",))
-        return init_device_mesh(kind, (replicas, size // replicas), mesh_dim_names=("replicate", "shard"))
+        if self._device_mesh is None or self._device_mesh[0] is not self.world:
+            size, replicas = self.world.size, self.replicas or self.world.ranks.num_nodes
+            if size % (replicas * self.tensor_parallel):
+                what = f"replicas={replicas}"
+                if self.tensor_parallel > 1:
+                    what += f", tensor_parallel={self.tensor_parallel}"
+                raise ConfigError(f"FSDP({what}) does not divide the {size} ranks.")
+            shape = {"replicate": replicas, "shard": size // replicas // self.tensor_parallel}
+            if replicas == 1:
+                del shape["replicate"]
+            if self.tensor_parallel > 1:
+                shape["tensor_parallel"] = self.tensor_parallel
+            # Named by our device: fully_shard's own default is the machine's accelerator, also in a run on the CPU.
+            kind = self.world.device.type
+            made = init_device_mesh(kind, tuple(shape.values()), mesh_dim_names=tuple(shape))
+            self._device_mesh = self.world, made
+        return self._device_mesh[1]
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -394,6 +443,15 @@ class FSDP(Parallel):
             yield
         finally:
             self.module.set_requires_gradient_sync(True)  # type: ignore[operator]
+
+    def _alike(self, tensors: list[Tensor]) -> list[list[Tensor]]:
+        if self.tensor_parallel == 1:
+            return [tensors]
+        # What was cut is laid out over other ranks than what was not.
+        groups: dict[Any, list[Tensor]] = {}
+        for tensor in tensors:
+            groups.setdefault(getattr(tensor, "device_mesh", None), []).append(tensor)
+        return list(groups.values())
 
     def load_module_state(self, state: dict[str, Any], strict: bool = True) -> Any:
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict

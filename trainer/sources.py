@@ -82,7 +82,7 @@ class Loaders:
         seed, train = trainer.train_state.seed, kind == "train"
         if virtual_ranks is None or trainer.state.fn is not TrainerFn.FITTING:
             return make_feed(
-                loader, world=trainer.world, seed=seed, train=train, shuffle_override=shuffle_override,
+                loader, world=trainer.parallel.data_rank, seed=seed, train=train, shuffle_override=shuffle_override,
                 distribute=trainer.config.use_distributed_sampler,
             )  # fmt: skip
         if train and not self.single:

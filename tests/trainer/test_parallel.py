@@ -77,6 +77,17 @@ def test_options_that_are_none():
         DDP(broadcast_buffers=True, forward_sync_buffers=False)
     with pytest.raises(ConfigError, match=r"replicas=0"):
         FSDP(replicas=0)
+    with pytest.raises(ConfigError, match=r"tensor_parallel=0"):
+        FSDP(tensor_parallel=0)
+
+
+def test_shares_of_a_batch_with_tensor_parallelism():
+    parallel = FSDP(tensor_parallel=2)
+    parallel.world = SimpleNamespace(rank=5, size=8, ranks=SimpleNamespace(num_nodes=1))
+    assert parallel.data_rank == (2, 4)
+    parallel.world.size = 7
+    with pytest.raises(ConfigError, match=r"tensor_parallel=2. does not divide the 7 ranks"):
+        _ = parallel.device_mesh
 
 
 def test_clip_on_one_rank():

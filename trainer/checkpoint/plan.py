@@ -146,6 +146,12 @@ def _local_part(key: str, tensor: torch.Tensor) -> Part | None:
     assert isinstance(tensor, DTensor)
     if any(p.is_partial() for p in tensor.placements):
         raise CheckpointError(f"{key} is a DTensor with unreduced parts ({tensor.placements}); redistribute it first.")
+    whole = tensor.device_mesh._get_root_mesh()
+    if whole is not tensor.device_mesh:
+        # With tensor parallelism the ranks that hold a layer together each have all of what was not cut.
+        places = zip(whole.mesh_dim_names or (), whole.get_coordinate() or (), strict=True)
+        if any(c for name, c in places if name not in (tensor.device_mesh.mesh_dim_names or ())):
+            return None
     coordinate = tensor.device_mesh.get_coordinate()
     if coordinate is None or any(c for c, p in zip(coordinate, tensor.placements, strict=True) if p.is_replicate()):
         return None
