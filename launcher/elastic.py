@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
     from torch.distributed.distributed_c10d import Store
 
-    from launcher.agent import Node
+    from launcher.node import Node
 
 _REACH_S = 30.0
 
@@ -245,11 +245,11 @@ class NodeAgent(SimpleElasticAgent):
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:  # noqa: ARG002
         failures = {
             e.rank: ProcessFailure(local_rank=e.local_rank, pid=e.pid, exitcode=e.code, error_file="")
-            for e in self._node.exits.values()
+            for e in self._node.ranks.exits.values()
             if e.code
         }
         state = WorkerState.FAILED if failures else WorkerState.SUCCEEDED
-        return RunResult(state, {e.rank: None for e in self._node.exits.values() if not e.code}, failures)
+        return RunResult(state, {e.rank: None for e in self._node.ranks.exits.values() if not e.code}, failures)
 
     def _shutdown(self, death_sig: signal.Signals | None = None, timeout: int = 30) -> None:  # noqa: ARG002
         self._rendezvous_handler.shutdown()

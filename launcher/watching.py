@@ -1,4 +1,4 @@
-"""What an agent sees of one rank from outside: the page that it fills, its output, and where it is when it is asked.
+"""What an agent sees of its ranks from outside: the page that it fills, its output, and where it is when it is asked.
 
 Page and stacks are files in memory that this process holds and the rank opens through /proc: whoever dies, nothing is
 left behind.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import mmap
 import os
 import time
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from launcher.hangs import Patience
@@ -19,9 +20,12 @@ from launcher.stacks import Group, kernels_word, where
 from launcher.vitals import Rate, memory_of, phase_name
 
 if TYPE_CHECKING:
+    from launcher.failure import RankExit
+    from launcher.logs import RankLog
     from launcher.pace import Pace
+    from launcher.topology import Place, World
 
-__all__ = ["RankView"]
+__all__ = ["RankView", "Ranks"]
 
 _MOST_OF_A_STACK = 1 << 20
 
@@ -91,3 +95,23 @@ class RankView:
         self._map.close()
         os.close(self._page)
         os.close(self._stacks)
+
+
+@dataclass
+class Ranks:
+    """Those of one node in an attempt, by local rank. pids: of the living; exits: of those that have ended; asked_ns:
+    when (monotonic) they were asked to leave, or are to be as soon as they are there.
+    """
+
+    world: World | None = None
+    asked_ns: int | None = None
+    places: dict[int, Place] = field(default_factory=dict)
+    pids: dict[int, int] = field(default_factory=dict)
+    exits: dict[int, RankExit] = field(default_factory=dict)
+    logs: dict[int, RankLog] = field(default_factory=dict)
+    views: dict[int, RankView] = field(default_factory=dict)
+
+    def begin(self, world: World) -> None:
+        """Another attempt. It may have been asked to leave already."""
+        self.world = world
+        self.places, self.pids, self.exits = {}, {}, {}

@@ -11,7 +11,7 @@ import pytest
 AGENT = """
 import os, socket, sys
 from pathlib import Path
-from launcher.agent import Node
+from launcher.node import Node
 from launcher.channel import Channel
 from launcher.spec import LaunchSpec, Program
 from launcher.topology import World
@@ -52,7 +52,7 @@ def test_a_stop_that_comes_with_the_start_is_no_less_one(tmp_path):
 MEETS = """
 import os, socket, sys, threading
 from pathlib import Path
-from launcher.agent import Node
+from launcher.node import Node
 from launcher.channel import Channel
 from launcher.elastic import GangRendezvous
 from launcher.spec import LaunchSpec, Program
