@@ -6,7 +6,7 @@ JOBS   ?= 2
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help run test test-failed test-slow test-slow-failed test-lab test-lab-failed lab lab-down check lint types docs bench soak gpu clean
+.PHONY: help run test test-failed test-slow test-slow-failed test-lab test-lab-failed lab lab-down check lint types docs licences audit bench soak gpu clean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -57,6 +57,13 @@ types: $(BIN)/launch
 
 docs: $(BIN)/launch  ## the site, into site/; nothing in it comes from the network
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+
+licences: $(BIN)/launch ## the licences of everything that is installed with it
+	$(BIN)/python .ci/licences.py all
+
+audit: licences  ## licences, and known holes in what is installed (pip-audit asks pypi.org for each package)
+	$(BIN)/python -m pip install --quiet 'pip-audit>=2.9'
+	$(BIN)/pip-audit --skip-editable
 
 bench: $(BIN)/launch ## benchmarks beside their peers, which are installed first; minutes
 	$(BIN)/python -m pip install --quiet -e '.[peers]'

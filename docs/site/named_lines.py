@@ -22,6 +22,7 @@ class NamedLines(Extension):
 
 def listed(text: str) -> str:
     """The same text with its named lines as a Markdown list; sections like `Raises:` and code stay as they are."""
+    text = re.sub(r"<(?=[A-Za-z])", "&lt;", text)  # a placeholder like <NAME> is no HTML
     lines: list[str] = []
     inside = False
     for line in text.splitlines():
