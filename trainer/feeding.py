@@ -62,6 +62,13 @@ class RunData:
         """Batches that are used of each loader of a kind."""
         return self.loaders[kind].limits if kind in self.loaders else []
 
+    def batches_of_pass(self, kind: str, at_most: float = math.inf) -> float:
+        """Batches of one pass over the loaders of a kind: one after another, each at most so many, or all together."""
+        loaders = self.loaders[kind]
+        if loaders.mode == "sequential":
+            return sum(min(limit, at_most) for limit in loaders.limits)
+        return min(loaders.batches, at_most)
+
     def close(self) -> None:
         """End loader workers that persist."""
         for loaders in self.loaders.values():

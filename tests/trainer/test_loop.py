@@ -225,6 +225,29 @@ def test_validation_loaders_that_are_gone_through_together(boring, data, quiet, 
     assert seen == [0]
 
 
+@pytest.mark.parametrize(
+    ("mode", "limit", "second"),
+    [  # as Lightning 2.6.6 does it: a pass is as long as the limits say, and no loader is cut by its own within it
+        ("min_size", 1.0, "0123"), ("min_size", 0.5, "01"), ("min_size", 2, "01"), ("min_size", 5, "0123"),
+        ("max_size_cycle", 1.0, "012301"), ("max_size_cycle", 0.5, "012"), ("max_size_cycle", 5, "01230"),
+        ("max_size", 1.0, "0123--"), ("max_size", 0.5, "012"), ("max_size", 5, "0123-"), ("max_size", 0, ""),
+    ],
+)  # fmt: skip
+def test_limits_of_loaders_that_are_gone_through_together(boring, quiet, capsys, mode, limit, second):
+    class Model(boring):
+        def validation_step(self, batch, batch_idx):
+            first, other = batch
+            assert first.tolist() == [batch_idx]
+            seen.append("-" if other is None else str(other.item()))
+
+    seen = []
+    loaders = T.CombinedLoader([DataLoader(range(6), 1), DataLoader(range(4), 1)], mode)
+    quiet(limit_val_batches=limit, enable_progress_bar=True).validate(Model(), loaders, verbose=False)
+    assert "".join(seen) == second
+    if second:
+        assert f"validation  batch {len(second)}/{len(second)} " in capsys.readouterr().out
+
+
 def test_fast_dev_run_leaves_what_code_asks_for_in_place(boring, data, tmp_path):
     class Model(boring):
         def training_step(self, batch, batch_idx):

@@ -253,7 +253,8 @@ class ProgressBar(Callback):
         self._end(trainer, pl_module, self._done)
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: Module) -> None:
-        self._begin("sanity", "sanity check", sum(trainer.num_sanity_val_batches))
+        total = trainer.data.batches_of_pass("val", trainer.num_sanity_val_steps)
+        self._begin("sanity", "sanity check", total)
 
     def on_train_end(self, trainer: Trainer, pl_module: Module) -> None:
         self._close()
@@ -265,7 +266,7 @@ class ProgressBar(Callback):
         if not trainer.sanity_checking:
             self._evaluated = 0
             stage = "validate" if trainer.state.fn == "fit" else "test"
-            self._begin(stage, "validation", sum(trainer.num_val_batches))
+            self._begin(stage, "validation", trainer.data.batches_of_pass("val"))
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: Module, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -278,7 +279,7 @@ class ProgressBar(Callback):
 
     def on_test_start(self, trainer: Trainer, pl_module: Module) -> None:
         self._evaluated = 0
-        self._begin("test", "test", sum(trainer.num_test_batches))
+        self._begin("test", "test", trainer.data.batches_of_pass("test"))
 
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: Module, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
