@@ -165,7 +165,7 @@ def prove_resume(
         if value < least:
             raise ConfigError(f"prove_resume({name}={value}): at least {least}.")
     with tempfile.TemporaryDirectory(prefix="prove-") as temporary:
-        job = _Job(path, list(args), ranks, Path(folder or temporary), tuple(ignore), timeout_s)
+        job = _Job(path, list(args), ranks, Path(folder or temporary), Path(temporary), tuple(ignore), timeout_s)
         if folder is not None and any(job.folder.glob("*")):
             raise ConfigError(f"prove_resume(folder={str(folder)!r}): the folder is not empty, and runs would go on.")
         return _prove(job, kills, stops, seed, tell or (lambda _: None))
@@ -254,10 +254,20 @@ class _Job:
     """The script, and how its ranks are started."""
 
     def __init__(
-        self, script: Path, args: list[str], ranks: int, folder: Path, ignore: tuple[str, ...], timeout_s: float
+        self,
+        script: Path,
+        args: list[str],
+        ranks: int,
+        folder: Path,
+        temporary: Path,
+        ignore: tuple[str, ...],
+        timeout_s: float,
     ) -> None:
         self.script, self.args, self.ranks, self.folder, self.timeout_s = script, args, ranks, folder, timeout_s
         self.ignore, self.seed, self.batch_s = ignore, 0, 0.0
+        # What killed processes leave there, such as the sockets of loader workers, goes at the end.
+        self.temporary = temporary / "tmp"
+        self.temporary.mkdir()
 
     def record(self, folder: Path, attempt: int, rank: int) -> Events:
         """What a rank saw of an attempt; a line that a kill has cut off is left out."""
@@ -313,6 +323,7 @@ class _Job:
                     "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(self.ranks),
                     "LOCAL_WORLD_SIZE": str(self.ranks), "GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1",
                     "MASTER_PORT": str(port), "LAUNCH_RUN_DIR": str(folder.resolve()), "LAUNCH_ATTEMPT": str(number),
+                    "TMPDIR": str(self.temporary),
                 }  # fmt: skip
                 with open(folder / f"output-{number}-{rank}.txt", "w") as output:
                     args = [arg.replace("{run}", str(folder.resolve())) for arg in self.args]

@@ -72,13 +72,16 @@ def test_every_leak_is_named_or_unknown(workers):
     assert prove_resume(LEAKS, ["none", workers], kills=2, stops=2).exact
     for leak, cause in NAMED.items():
         proof = prove_resume(LEAKS, [leak, workers], kills=1, stops=1)
-        assert not any(trial.exact for trial in proof.trials), leak
-        # State of a dataset lives in the loader's workers, if there are any.
-        if cause is None or (workers != "0" and ("dataset" in leak or "transform" in leak)):
-            assert all("unknown cause" in str(trial) for trial in proof.trials), str(proof)
+        # State of a dataset lives in the loader's workers, if there are any. They begin each epoch (of 10 batches) with
+        # the dataset as it was made: a run that went on at an epoch's edge has lost nothing.
+        hidden = workers != "0" and ("dataset" in leak or "transform" in leak)
+        trials = [t for t in proof.trials if not (hidden and t.exact and t.resumed_at % 10 == 0)]
+        assert not any(trial.exact for trial in trials), f"{leak}: {proof}"
+        if cause is None or hidden:
+            assert all("unknown cause" in str(trial) for trial in trials), str(proof)
             unknown += 1
         else:
-            assert all(cause in trial.difference.states[:2] for trial in proof.trials), str(proof)
+            assert all(cause in trial.difference.states[:2] for trial in trials), str(proof)
             named += 1
     proof = prove_resume(LEAKS, ["time", workers], kills=1, stops=0)
     assert proof.irreproducible is not None
