@@ -21,6 +21,8 @@ __all__ = ["LEVELS", "Bar", "Series", "bytes_text", "heat_map", "lines", "number
 
 _POINTS = 400  # of a line: more than pixels that differ
 _DOTTED = 40  # so few points are drawn as points too
+_SMOOTHED = 80  # so many that go up and down are drawn faintly, and their moving average over them
+_TIMES_ITS_RANGE = 6  # all the ways up and down together, where a line is more noise than course
 LEVELS = 9
 _STEPS_S = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 21600, 43200, 86400)
 
@@ -108,6 +110,22 @@ def _stretches(points: Sequence[tuple[float, float]]) -> Iterator[list[tuple[flo
             yield list(group)
 
 
+def _noisy(points: Sequence[tuple[float, float]]) -> bool:
+    values = [y for _, y in points]
+    way = sum(abs(b - a) for a, b in itertools.pairwise(values))
+    return len(points) >= _SMOOTHED and way > _TIMES_ITS_RANGE * (max(values) - min(values))
+
+
+def _averaged(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Each with those before it, the nearest counting most: a fortieth of the line."""
+    keep, found, value = 1 - 40 / max(41, len(points)), [], points[0][1]
+    for at, (x, y) in enumerate(points):
+        share = max(1 - keep, 1 / (at + 1))  # the first ones are a plain mean
+        value += share * (y - value)
+        found.append((x, value))
+    return found
+
+
 def _range(values: Sequence[float], *, zero: bool) -> tuple[float, float]:
     low, high = (min(0.0, *values) if zero else min(values)), max(values)
     if low == high:
@@ -124,9 +142,12 @@ def lines(
     y: str,
     time_axis: bool = False,
     zero: bool = False,
+    smooth: bool = False,
     text: Callable[[float], str] = number,
 ) -> str:
-    """A chart of lines over one x axis; empty without a finite point. zero: the y axis begins at 0."""
+    """A chart of lines over one x axis; empty without a finite point. zero: the y axis begins at 0; smooth: many points
+    that go up and down are shown by their moving average, too.
+    """
     kept = [s for s in series if any(map(_finite, s.points))]
     if not kept:
         return ""
@@ -149,16 +170,20 @@ def lines(
         parts.append(
             f'<text class="tick" x="{left - 6}" y="{py + 4:.1f}" text-anchor="end">{escape(text(value))}</text>'
         )
-    for value in [x0 + t for t in _time_ticks(x1 - x0, 5)] if time_axis else _ticks(x0, x1, 5):
+    places = _time_ticks(x1, 5) if time_axis else _ticks(x0, x1, 5)
+    marked = {duration(t) if time_axis else number(t): t for t in places}
+    for shown, value in marked.items():
         px, _ = at(value, y0)
-        shown = duration(value) if time_axis else number(value)
         parts.append(f'<text class="tick" x="{px:.1f}" y="{height - bottom + 17}" text-anchor="middle">{shown}</text>')
     parts.append(f'<line class="axis" x1="{left}" x2="{width - right}" y1="{height - bottom}" y2="{height - bottom}"/>')
     for i, one in enumerate(kept):
         stretches = list(_stretches(one.points))
-        if not one.apart:
-            path = "".join("M" + "L".join("{:.1f} {:.1f}".format(*at(*p)) for p in _thinned(s)) for s in stretches)
-            parts.append(f'<path class="line s{i % 6}" d="{path}"><title>{escape(one.name)}</title></path>')
+        noisy = smooth and any(map(_noisy, stretches))
+        for several, kind in ((stretches, " faint"), (map(_averaged, stretches), "")) if noisy else ((stretches, ""),):
+            if one.apart:
+                continue
+            path = "".join("M" + "L".join("{:.1f} {:.1f}".format(*at(*p)) for p in _thinned(s)) for s in several)
+            parts.append(f'<path class="line s{i % 6}{kind}" d="{path}"><title>{escape(one.name)}</title></path>')
         if one.apart or len(one.points) <= _DOTTED:
             for a, b in itertools.chain.from_iterable(stretches):
                 px, py = at(a, b)
@@ -283,7 +308,7 @@ def timeline(bars: Sequence[Bar]) -> str:
         for i, bar in enumerate(bars):
             y = 6 + i * row
             parts.append(f'<text class="tick" x="{left - 8}" y="{y + 17}" text-anchor="end">{escape(bar.name)}</text>')
-            if bar.waited > 0:
+            if bar.waited >= 1:
                 x = at(bar.begin - bar.waited)
                 parts.append(
                     f'<rect class="waited" x="{x:.1f}" y="{y + 8}" width="{at(bar.begin) - x:.1f}" height="7" rx="3">'

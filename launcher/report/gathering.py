@@ -29,8 +29,8 @@ _MOST_CHECKPOINTS = 2000
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One on disk, or one whose save was only told of. at: when it was durable, in seconds since 1970; took_s: since it
-    began; stall_s: for how long training stood still for it; size: bytes.
+    """One on disk, or one without a name whose save was only told of. at: when it was durable, or had been, in seconds
+    since 1970; took_s: since it began; stall_s: for how long training stood still for it; size: bytes.
     """
 
     step: int
@@ -151,7 +151,7 @@ def _events(folder: Path) -> list[dict[str, Any]]:
 
 def _checkpoints(folder: Path, told: list[Sample]) -> list[Checkpoint]:
     """Those that are there, and saves that were told of whose checkpoint has gone since."""
-    stalls = {s.save[0]: s.save for s in told if s.save is not None}
+    stalls = {s.save[0]: (*s.save[1:], s.at) for s in reversed(told) if s.save is not None}
     found: dict[tuple[int, str], Checkpoint] = {}
     for path in sorted(folder.rglob("*/manifest.json"))[:_MOST_CHECKPOINTS]:
         try:
@@ -164,9 +164,9 @@ def _checkpoints(folder: Path, told: list[Sample]) -> list[Checkpoint]:
             continue
         found[step, one.name] = one
     newest = {key[0]: key for key, _ in sorted(found.items(), key=lambda item: item[1].at or 0)}
-    for step, (_, took_s, stall_s) in stalls.items():
+    for step, (took_s, stall_s, by) in stalls.items():
         if step not in newest:
-            found[step, ""] = Checkpoint(step, "", None, took_s, stall_s)
+            found[step, ""] = Checkpoint(step, "", by, took_s, stall_s)
         else:
             found[newest[step]] = replace(found[newest[step]], stall_s=stall_s)
     return sorted(found.values(), key=lambda c: (c.step, c.at or 0))

@@ -120,6 +120,10 @@ def _when(at: float) -> str:
     return time.strftime("%Y-%m-%d\u00a0%H:%M:%S", time.localtime(at))
 
 
+def _time(at: float, before: str = "") -> str:
+    return f"<time>{before}{escape(_when(at))}</time>"
+
+
 def _tile_row(tiles: Iterable[tuple[str, str]]) -> str:
     shown = "".join(f"<div><b>{escape(value)}</b><small>{escape(name)}</small></div>" for name, value in tiles if value)
     return f'<div class="tiles">{shown}</div>'
@@ -181,7 +185,7 @@ def _key(bars: Sequence[Bar]) -> str:
     kinds = dict.fromkeys(b.kind for b in bars)
     marks = dict.fromkeys(kind for b in bars for _, kind, _ in b.marks)
     shown = [f'<span><i class="key bar {k}"></i>{k}</span>' for k in kinds]
-    shown += ['<span><i class="key waited"></i>waited</span>'] if any(b.waited > 0 for b in bars) else []
+    shown += ['<span><i class="key waited"></i>waited</span>'] if any(b.waited >= 1 for b in bars) else []
     shown += [f'<span><i class="key mark {k}"></i>{k}</span>' for k in marks]
     return f'<div class="legend">{"".join(shown)}</div>' if bars else ""
 
@@ -213,7 +217,7 @@ def _attempt_row(story: Story, a: Attempt) -> list[str]:
     hosts = list(dict.fromkeys(a.hosts))
     shown = ", ".join(hosts[:4]) + (f" and {len(hosts) - 4} more" if len(hosts) > 4 else "")
     return [
-        str(a.number), f'<span class="pill {escape(a.status)}">{escape(a.status)}</span>', escape(_when(a.started)),
+        str(a.number), f'<span class="pill {escape(a.status)}">{escape(a.status)}</span>', _time(a.started),
         duration(ran), duration(a.waited_s), steps, "&ndash;" if p is None or p.saved is None else str(p.saved),
         "&ndash;" if a.lost_steps is None else str(a.lost_steps), escape(shown),
         "<br>".join(escape(text) for text in (*why, *a.slow.values())),
@@ -235,7 +239,7 @@ def _by_interest(found: Sequence[Curve]) -> list[Curve]:
 
 def _metrics(story: Story) -> str:
     shown = _by_interest(story.curves)
-    charts = [lines(c.name, [Series(c.name, c.points)], x="step", y="") for c in shown[:_CHARTS]]
+    charts = [lines(c.name, [Series(c.name, c.points)], x="step", y="", smooth=True) for c in shown[:_CHARTS]]
     speed = _speed(story)
     body = "".join([*charts[:2], speed, *charts[2:]])
     more = [c.name for c in shown[_CHARTS:]]
@@ -353,7 +357,13 @@ def _checkpoints(story: Story) -> str:
     sizes = [(float(c.step), c.size / _MIB) for c in story.checkpoints if c.size is not None]
     charts = [
         lines("Time of a save", [s for s in series if s.points], x="step", y="seconds", zero=True),
-        lines("Size on disk", [Series("Size on disk", sizes, apart=True)], x="step", y="MiB", zero=True),
+        lines(
+            "Size on disk",
+            [Series("Size on disk", sizes, apart=True)] if len(dict(sizes)) > 1 else [],
+            x="step",
+            y="MiB",
+            zero=True,
+        ),
     ]
     head = ("step", "durable at", "took", "stall", "size", "name")
     rows = [_checkpoint_row(c) for c in story.checkpoints[-_LISTED:]]
@@ -365,7 +375,8 @@ def _checkpoints(story: Story) -> str:
 def _checkpoint_row(c: Checkpoint) -> list[str]:
     none = "&ndash;"
     return [
-        str(c.step), none if c.at is None else escape(_when(c.at)), none if c.took_s is None else _seconds(c.took_s),
+        str(c.step), none if c.at is None else _time(c.at, "" if c.name else "by "),
+        none if c.took_s is None else _seconds(c.took_s),
         none if c.stall_s is None else _seconds(c.stall_s), none if c.size is None else bytes_text(c.size),
         escape(c.name) or "<i>removed since</i>",
     ]  # fmt: skip
@@ -490,7 +501,7 @@ def _overlaid(parts: Sequence[Part]) -> str:
         series = [
             Series(p.standing.name.rpartition("/")[2], c.points) for p in chosen for c in p.curves if c.name == name
         ]
-        charts.append(lines(name, series, x="step", y=""))
+        charts.append(lines(name, series, x="step", y="", smooth=True))
     left = len(parts) - len(chosen)
     more = f"<p>The {len(chosen)} best by {escape(first)}.</p>" if left else ""
     return f'{more}<div class="grid">{"".join(charts)}</div>'

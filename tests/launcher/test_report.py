@@ -77,6 +77,13 @@ def test_a_spike_is_seen_in_a_million_points() -> None:
     assert min(float(pair.split()[1]) for pair in path.partition('"')[0][1:].split("L")) < 30
 
 
+def test_noise_is_smoothed_and_a_course_is_not() -> None:
+    course = [(float(i), math.cos(i / 100)) for i in range(300)]
+    noise = [(x, y + (-1) ** int(x)) for x, y in course]
+    assert "faint" not in lines("a", [Series("a", course)], x="", y="", smooth=True)
+    assert lines("a", [Series("a", noise)], x="", y="", smooth=True).count('class="line s0') == 2
+
+
 def test_numbers_are_short() -> None:
     assert [number(v) for v in (0, 0.00012345, 3.14159, 1234.5, 56789, 7.1e6, -2e9)] == [
         "0", "0.000123", "3.14", "1234", "56.8k", "7.1M", "-2G",
@@ -231,7 +238,7 @@ def test_a_page_shows_a_run_and_nothing_in_it_acts(tmp_path: Path, monkeypatch: 
     assert not [secret for secret in SECRETS if secret in page]
     for title in ("Attempts", "Failure", "Metrics", "Ranks", "Checkpoints", "Configuration", "Environment", "Code"):
         assert f"<h2>{title}</h2>" in page
-    for shown in ("Throughput", "Step time of each rank", "Memory of a rank", "Time of a save", "Size on disk",
+    for shown in ("Throughput", "Step time of each rank", "Memory of a rank", "Time of a save",
                   "250 ms", "5.0 MiB", "2 packages", "removed since"):  # fmt: skip
         assert shown in page, shown
     assert page.count("&lt;script&gt;") > 20
