@@ -248,6 +248,7 @@ class Guarding:
     def _take(self) -> None:
         self.settle()
         first = self._snapshot is None
+        self._snapshot = None  # its memory is let go before that of the next is taken
         self._snapshot = Snapshot(self._run)
         self._snapshot.norms = list(self._norms)
         self._tries, self.due = 0, False
