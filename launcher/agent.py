@@ -47,9 +47,9 @@ _SILENT_S = {"fd": None, "stdio": 10.0, "tcp": 120.0}
 def main(argv: list[str]) -> dict[str, Any] | None:
     """Run a node's agent. Returns only in a forked rank, with its order; the agent itself exits.
 
-    argv: `fd N` (a socket inherited from the supervisor), `tcp HOST PORT` (token in LAUNCH_TOKEN), `srun PORT` (the
-    same, started by the supervisor's srun: Slurm says where it is, and which node this is), or `stdio` (started by the
-    supervisor's ssh, over which all goes).
+    argv: `fd N` (a socket inherited from the supervisor), `tcp HOST PORT` (token in LAUNCH_TOKEN), `srun PORT [NODE]`
+    (the same, started by the supervisor's srun: Slurm says where it is, and which node this is, if nothing else does),
+    or `stdio` (started by the supervisor's ssh, over which all goes).
     LAUNCH_STARTER_PID: the process that started it and must not be outlived. Once an `fd` agent listens to its socket,
     that tells it of the end, and leaves it time to ask its ranks to leave.
     """
@@ -63,7 +63,8 @@ def main(argv: list[str]) -> dict[str, Any] | None:
         base.pop(name, None)
     become_subreaper()
     if argv[0] == "srun":
-        base["LAUNCH_NODE_RANK"] = os.environ["LAUNCH_NODE_RANK"] = os.environ["SLURM_PROCID"]
+        place = argv[2] if len(argv) > 2 else os.environ["SLURM_PROCID"]
+        base["LAUNCH_NODE_RANK"] = os.environ["LAUNCH_NODE_RANK"] = place
         argv = ["tcp", os.environ["SLURM_LAUNCH_NODE_IPADDR"], argv[1]]
     link: Link | None = None
     node: Node | None = None

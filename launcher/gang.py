@@ -71,6 +71,7 @@ class _Node:
     absent: bool = False  # known not to come for now, or it has let a last call pass: nobody waits for it
     losses: int = 0  # how often the run went on without it
     hopeless: bool = False  # starting it again cannot help
+    dead: bool = False  # its host no longer answers
 
 
 class Gang:
@@ -256,7 +257,7 @@ class Gang:
             return []
         self.here.discard(index)
         self.busy.discard(index)
-        node.hopeless = hopeless is not None
+        node.hopeless, node.dead = hopeless is not None, unreachable
         if hopeless is not None and sum(not n.hopeless for n in self.nodes) < self.least:
             self._hopeless = hopeless
         if unreachable and self._together and len(self.here) < self.least:
@@ -283,7 +284,9 @@ class Gang:
     def _do_without(self, index: int) -> list[Action]:
         node = self.nodes[index]
         node.losses, node.absent = node.losses + 1, True
-        return [] if node.hopeless or node.losses >= _LOSSES or self._together else [Action("respawn", index)]
+        # Where a scheduler has to start it, a host that is silent would only hold that up.
+        vain = node.hopeless or node.losses >= _LOSSES or (node.dead and self._together)
+        return [] if vain else [Action("respawn", index)]
 
     def hung(self, cause: str) -> list[Action]:
         """The ranks no longer get anywhere: they are killed, and that is a failure like another."""

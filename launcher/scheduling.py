@@ -28,6 +28,9 @@ class Scheduler(Protocol):
     def start_agents(self, port: int, environment: dict[str, str]) -> subprocess.Popen[bytes]:
         """One agent on every node, each connecting to `port` here; the process ends with the last of them."""
 
+    def start_agent(self, node: int, port: int, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+        """One agent, on a node whose agent was lost, beside those that still run; the process ends with it."""
+
     def stop_now(self, number: int | None) -> Stop | None:
         """What the scheduler is stopping the job for, after a signal came (`number`) or without one; None: nothing."""
 

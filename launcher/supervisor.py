@@ -95,6 +95,7 @@ class Supervisor:
         self.unreachable: set[str] = set()  # hosts that fell silent
         self._scheduler = scheduler
         self._step: subprocess.Popen[bytes] | None = None  # the scheduler's way to the agents
+        self._beside: dict[int, subprocess.Popen[bytes]] = {}  # its ways to those that were started again, by node
         self._watch = None if scheduler is None else StopWatch(scheduler, spec)
         self._roll = None if fleet is None else Roll(fleet)
         self._remains = None if fleet is None else Remains(fleet)
@@ -211,7 +212,8 @@ class Supervisor:
             if again:
                 self._say(f"{signal_name(number)} again: the ranks are killed now")
             self._stop(signal_name(number))
-        if self._step is not None and self.gang.phase is Phase.MEETING and self._step.poll() is not None:
+        steps = [] if self._step is None else [self._step, *self._beside.values()]
+        if self._step is not None and self.gang.phase is Phase.MEETING and all(s.poll() is not None for s in steps):
             raise ClusterError(
                 f"srun ended with code {self._step.returncode} before all nodes were there; what it said stands above"
             )
@@ -282,6 +284,15 @@ class Supervisor:
         if self._scheduler is not None and self._listener is not None:
             environment = self._crew.environment | {"LAUNCH_TOKEN": self._token}
             self._step = self._scheduler.start_agents(self._listener.getsockname()[1], environment)
+
+    def _start_beside(self, node: int) -> None:
+        """Start the agent of a node again, while those of the others stay."""
+        assert self._scheduler is not None
+        assert self._listener is not None
+        if (old := self._beside.pop(node, None)) is not None:
+            reap(old, 0.1)
+        environment = self._crew.environment | {"LAUNCH_TOKEN": self._token}
+        self._beside[node] = self._scheduler.start_agent(node, self._listener.getsockname()[1], environment)
 
     def _heed(self, word: Word | None) -> None:
         """Tell the ranks what the scheduler wants, if it wants anything new."""
@@ -452,9 +463,11 @@ class Supervisor:
                 self._node_lost(action.node, action.message["how"])
             elif action.kind == "respawn":
                 self._meet_by = time.monotonic() + self._join_timeout_s
-                if self._step is not None:
+                if self._step is not None and action.node < 0:
                     self._end_step()
                     self._start_step()
+                elif self._step is not None:
+                    self._start_beside(action.node)
                 elif action.node in self._spawned:
                     self._crew.spawn(action.node)
             elif action.kind == "end":
@@ -473,7 +486,11 @@ class Supervisor:
         self._dismiss(0)
         for agent in self._crew:
             self._crew.drop(agent)
-        reap(self._step, timeout_s)  # longer it would take if one of its nodes no longer answered
+        # Longer it would take if one of its nodes no longer answered.
+        deadline = time.monotonic() + timeout_s
+        for step in (self._step, *self._beside.values()):
+            reap(step, max(0.01, deadline - time.monotonic()))
+        self._beside.clear()
 
     def _started(self, world_size: int) -> None:
         gang = self.gang
@@ -527,9 +544,12 @@ class Supervisor:
             if agent.process is not None:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     agent.process.wait(max(0.01, deadline - time.monotonic()))
-        if self._step is not None:
+        for node, step in self._beside.items():
+            if self._crew.of(node) is None:  # it never came
+                step.kill()
+        for step in filter(None, (self._step, *self._beside.values())):
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self._step.wait(max(0.01, deadline - time.monotonic()))
+                step.wait(max(0.01, deadline - time.monotonic()))
 
     def _put_down(self) -> None:
         """Nothing that was started here is left, however this ends."""

@@ -109,16 +109,26 @@ class Job:
     # ------------------------------------------------------------------------------------------ for the supervisor
 
     def start_agents(self, port: int, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+        # The run goes on when an agent is lost, or all agents go.
+        lost = ["--kill-on-bad-exit=0", "--no-kill", "--wait=0"] if self._spec.elastic else ["--kill-on-bad-exit=1"]
+        return self._srun(environment, self._nodes, lost, "srun", str(port))
+
+    def start_agent(self, node: int, port: int, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+        # The lost agent's step goes on on the other nodes, and has this node's processors too.
+        where = ["--overlap", f"--nodelist={self.before.nodes[node]}"]
+        return self._srun(environment, 1, where, "srun", str(port), str(node))
+
+    def _srun(
+        self, environment: dict[str, str], nodes: int, options: list[str], *agent: str
+    ) -> subprocess.Popen[bytes]:
         # Every option that a site's or a person's SLURM_* variables could change is said again; without -c a step of
         # 22.05 has one CPU per task.
         cpus = environment.get("SLURM_CPUS_PER_TASK")
-        # The run goes on when an agent is lost, or all agents go.
-        lost = ["--kill-on-bad-exit=0", "--no-kill", "--wait=0"] if self._spec.elastic else ["--kill-on-bad-exit=1"]
-        words = ["srun", f"--nodes={self._nodes}", f"--ntasks={self._nodes}", "--ntasks-per-node=1",
-                 "--distribution=block", *([f"--cpus-per-task={cpus}"] if cpus else []), "--export=ALL", "--input=none",
-                 "--unbuffered", "--mpi=none", *lost, f"--chdir={self._spec.cwd}"]  # fmt: skip
+        words = ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "--distribution=block",
+                 *([f"--cpus-per-task={cpus}"] if cpus else []), "--export=ALL", "--input=none", "--unbuffered",
+                 "--mpi=none", *options, f"--chdir={self._spec.cwd}"]  # fmt: skip
         return subprocess.Popen(
-            [*words, *agent_command("srun", str(port))],
+            [*words, *agent_command(*agent)],
             env=environment,
             stdin=subprocess.DEVNULL,
             # srun ends its step at once on the terminal's Ctrl-C; that is ours to hear.

@@ -134,7 +134,7 @@ class Job:
         found = self.lab.node_processes(node)
         if role == "supervisor":
             return [p for p in found if "launcher.backends.slurm_job" in p.command and str(self.folder) in p.command]
-        ours = {p.pid: p for p in found if "from launcher.agent" in p.command and "srun" in p.command.split()[-2]}
+        ours = {p.pid: p for p in found if "from launcher.agent" in p.command and "srun" in p.command.split()[-3:]}
         generation = {pid: self._generation(pid, ours) for pid in ours}
         wanted = {"agent": 0, "zygote": 1, "rank": 2}[role]
         return [ours[pid] for pid, depth in generation.items() if depth == wanted]

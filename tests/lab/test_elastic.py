@@ -122,6 +122,21 @@ def test_a_slurm_job_goes_on_without_a_node(lab: Lab, tmp_path: Path) -> None:
     lab.boot_node("node3")
 
 
+def test_an_agent_that_is_killed_in_a_slurm_job_is_started_again(lab: Lab, tmp_path: Path) -> None:
+    """The run goes on with the others at once, and takes the node in again: in the same life, beside the same step."""
+    (tmp_path / "work.py").write_text(WORK)
+    job = Job.submit(lab, tmp_path, "--nodes", "1:2", "--procs", "1", program=(tmp_path / "work.py",))
+    job.wait_attempts(1)
+    job.wait(lambda: "ranks 0 2" in job.output, "the ranks")
+    job.kill("node2", "agent")
+    job.wait_attempts(3)
+    assert [e["hosts"] for e in job.of("attempt")] == [["node1", "node2"], ["node1"], ["node1", "node2"]]
+    job.wait(lambda: job.output.count("ranks 0 2") == 2, "the ranks")
+    (job.folder / "done").touch()
+    assert job.wait_over()["status"] == "finished", job.story()
+    assert not job.of("requeued")
+
+
 def test_the_first_host_is_cut_off_and_comes_back(work, machines: Machines) -> None:
     """It had the attempt's store. The others go on without it at once, and it joins when the cable is mended."""
     call = work("--hosts", "ada,bob,cyd", "--nodes", "2:3")

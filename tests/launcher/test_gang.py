@@ -635,3 +635,12 @@ def test_the_last_words_count_the_ranks_that_there_were(tmp_path) -> None:
     out(g, ended(1, 3, node=0), ended(2, -15, asked=True, node=1))
     assert g.outcome is not None
     assert report(g.outcome, None).startswith("rank 1 of 4 on host ")  # type: ignore[arg-type]  # it has a first rank
+
+
+def test_a_node_of_a_job_is_started_again_beside_the_others_unless_its_host_is_silent() -> None:
+    g = running(gang(nodes=3, least=1, together=True))
+    assert brief(g.node_gone(1, "killed")) == ["send 0 abort", "send 2 abort"]
+    assert brief(g.node_drained(0, 0) + g.node_drained(2, 0)) == ["again", "respawn 1", "send 0 host"]
+    g = running(gang(nodes=3, least=1, together=True))
+    g.node_gone(1, "silent", unreachable=True)
+    assert brief(g.node_drained(0, 0) + g.node_drained(2, 0)) == ["again", "send 0 host"]
