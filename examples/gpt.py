@@ -1,12 +1,14 @@
 """A decoder-only transformer, trained from scratch on text that every machine has: Python's own standard library.
 
     launch --procs 2 examples/gpt.py                                   # two CPU ranks, a minute
-    launch --gpus 8 examples/gpt.py --size 350M --strategy fsdp --precision bf16-mixed --context 1024
+    launch --gpus 8 examples/gpt.py --size 350M --strategy fsdp --precision bf16-mixed --context 1024 --compile
     launch --nodes 4 --gpus 8 examples/gpt.py --size 1B --strategy hsdp --precision bf16-mixed --recompute
     python examples/gpt.py --size 1M --steps 100
 
 Tokens are bytes. The validation loss is to be compared with the entropy of single bytes, which is printed at the end
-beside a sample of what the model writes. Stop or kill it at any time: `launch resume NAME` goes on at the same byte.
+beside a sample of what the model writes. Tokens per second, and the MFU where the device's peak is known, are in the
+progress bar, in the log, and told at the end. Stop or kill it at any time: `launch resume NAME` goes on at the same
+byte.
 """
 
 from __future__ import annotations
@@ -178,9 +180,13 @@ class GPT(T.Module):
         if isinstance(layer, (nn.Linear, nn.Embedding)):
             nn.init.normal_(layer.weight, std=0.5 / math.sqrt(self.shape.width * 2 * self.shape.layers))
 
+    def tokens_in_batch(self, batch: tuple[Tensor, Tensor]) -> int:
+        """Speed is told in tokens per second."""
+        return batch[0].numel()
+
     @property
     def flops_per_batch(self) -> float:
-        """For ThroughputMonitor. Per token 6 per weight, and attention's products (arXiv:2204.02311, appendix B)."""
+        """For the MFU. Per token 6 per weight, and attention's products (arXiv:2204.02311, appendix B)."""
         weights = sum(p.numel() for p in self.blocks.parameters()) + self.head.weight.numel()
         per_token = 6 * weights + 12 * self.shape.layers * self.shape.width * self.hparams.context
         return per_token * self.hparams.context * self.hparams.batch_size
@@ -241,6 +247,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=0, help="processes that load data, per rank")
     parser.add_argument("--strategy", default="auto", help="ddp, fsdp, hsdp or auto")
     parser.add_argument("--precision", default="32-true", help="32-true, bf16-mixed, bf16-true, ...")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the step, or with FSDP each block")
     parser.add_argument("--recompute", action="store_true", help="trade time for memory: run blocks again in backward")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder for the prepared text")
@@ -253,6 +260,7 @@ def main() -> None:
         gradient_clip_val=1.0,
         strategy=args.strategy,
         precision=args.precision,
+        compile=args.compile,
         val_check_interval=max(1, args.steps // 3) * args.accumulate,
         check_val_every_n_epoch=None,
         limit_val_batches=20,
@@ -261,7 +269,7 @@ def main() -> None:
         callbacks=[
             ModelCheckpoint(monitor="val_loss", filename="{step}-{val_loss:.3f}"),
             LearningRateMonitor(),
-            ThroughputMonitor(batch_size_fn=lambda batch: len(batch[0]), length_fn=lambda batch: batch[0].numel()),
+            ThroughputMonitor(),  # tokens/s, MFU, data wait and communication in the log
         ],
     )
     data = Library(args.data, args.context, args.batch_size, args.workers)

@@ -111,13 +111,16 @@ def communication_share(events: Iterable[Any], seconds: float) -> float:
 class Meter:
     """What a fit has done since it began. Validations are left out, and the first batch counts by itself.
 
-    items: samples (or tokens, if the module has `tokens_in_batch`) of the newest batch looked at, on all ranks; every
-    rank is taken to have as many. flops: of one batch on this rank, forward and backward. communication: the share of
-    a sampled step, None if that was not measured.
+    tensor_parallel: how many ranks take the same batches. items: samples (or tokens, if the module has
+    `tokens_in_batch`) of the newest batch looked at, on all ranks; every rank is taken to have as many. flops: of one
+    batch on this rank, forward and backward. communication: the share of a sampled step, None if that was not measured.
     """
 
-    def __init__(self, module: Module, device: torch.device, world_size: int, precision: str) -> None:
+    def __init__(
+        self, module: Module, device: torch.device, world_size: int, precision: str, *, tensor_parallel: int = 1
+    ) -> None:
         self.device, self.world_size, self.dtype = device, world_size, compute_dtype(precision)
+        self.tensor_parallel = tensor_parallel
         self.items: int | None = None
         self.unit = "tokens" if _counts_tokens(module) else "samples"
         self.batches, self.seconds, self.waited = 0, 0.0, 0.0
@@ -171,13 +174,13 @@ class Meter:
             own = self._module.tokens_in_batch(batch) if self.unit == "tokens" else batch_size_of(batch)
         except LoggingError:
             own = None  # nobody knows what a sample is
-        self.items = None if own is None else own * self.world_size
+        self.items = None if own is None else own * (self.world_size // self.tensor_parallel)
         given = getattr(self._module, "flops_per_batch", None)
         if given:
             self.flops, self.flops_by = float(given), "given"
         elif self.flops_by in ("", "6ND") and self.unit == "tokens" and own is not None:
             # Forward and backward of a transformer, without attention's products (arXiv:2001.08361, 2.1).
-            self.flops = 6.0 * own * sum(p.numel() for p in self._module.parameters())
+            self.flops = 6.0 * own * sum(p.numel() for p in self._module.parameters()) / self.tensor_parallel
             self.flops_by = "6ND"
 
     # ------------------------------------------------------------------------------------------------ what is told
@@ -214,7 +217,7 @@ class Meter:
             parts.append(f"MFU {self.mfu:.1%} of {self.peak / 1e12:.4g} TFLOP/s ({self.dtype}; FLOPs {self.flops_by})")
         elif self.flops is not None:
             device = f"{device_name(self.device)} in {self.dtype}"
-            parts.append(f"MFU not known: no peak of {device} is (ThroughputMonitor(peak_flops=...))")
+            parts.append(f"MFU not known: no peak of {device} is known, ThroughputMonitor(peak_flops=...) takes one")
         return f"speed: {', '.join(parts)}."
 
 

@@ -41,7 +41,8 @@ class ThroughputMonitor(Callback):
         window_size: number of batches that a rate is taken over.
         count_flops: count the FLOPs of matrix products and attention in the first batch of a run, which takes longer
             for that, unless the module tells them: `flops_per_batch`, of one batch on one rank, forward and backward.
-            Without any, a module with `tokens_in_batch` is taken to need 6 per parameter and token ("6ND").
+            They are not counted where ranks share layers. Without any, a module with `tokens_in_batch` is taken to need
+            6 per parameter and token ("6ND").
         peak_flops: of the device in FLOP/s, in the format that is used, where the table in trainer.throughput lacks it.
         communication: profile one step on several ranks. It is left out under a profiler of the Trainer.
 
@@ -91,7 +92,7 @@ class ThroughputMonitor(Callback):
         if not getattr(pl_module, "flops_per_batch", None):
             if self._flops is not None:
                 meter.flops, meter.flops_by = self._flops, "counted"
-            elif self._count_flops and trainer.train_state.batches == 0:
+            elif self._count_flops and trainer.train_state.batches == 0 and meter.tensor_parallel == 1:
                 # Not after a resume: what is counted is not compiled, and a resumed run computes as one that went on.
                 self._counter = FlopCounterMode(display=False)
                 self._counter.__enter__()
@@ -149,7 +150,10 @@ class ThroughputMonitor(Callback):
         if self.length_fn is not None:
             values["items"] = last[3]
         values |= {f"device/{name}": rate for name, rate in rates.items()}
-        values |= {name: rate * trainer.world_size for name, rate in rates.items()}
+        apart = trainer.world_size // meter.tensor_parallel
+        values |= {
+            name: rate * (trainer.world_size if name == "flops_per_sec" else apart) for name, rate in rates.items()
+        }
         if flops and meter.peak is not None:
             values["device/mfu"] = rates["flops_per_sec"] / meter.peak
         if meter.batches:
