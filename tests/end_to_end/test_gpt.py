@@ -27,6 +27,7 @@ def launch(*arguments, cwd):
      pytest.param("--backend local --nodes 2 --procs 2", "--strategy hsdp --precision bf16-mixed",
                   marks=pytest.mark.soak, id="hsdp")],
 )  # fmt: skip
+@pytest.mark.timeout(300)
 def test_gpt_learns_and_survives_a_kill(tmp_path, how, options):
     done = launch(*how.split(), "--max-restarts", 1, "--run", "r", ROOT / "tests/programs/example_killed.py",
                   "gpt.py", "0:25", *options.split(), *SMALL, cwd=tmp_path)  # fmt: skip
