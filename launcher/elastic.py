@@ -127,12 +127,12 @@ class GangRendezvous(RendezvousHandler):
 
     def _reach(self, address: str, port: int) -> Store | None:
         """Another node's store; None if the ranks are no longer wanted before it answers."""
-        found: list[Store | MeetingError] = []
+        found: list[Store | Exception] = []
 
         def reach() -> None:
             try:
                 found.append(_connected(address, port))
-            except MeetingError as error:
+            except Exception as error:
                 found.append(error)
             self._node.wake()
 
@@ -140,10 +140,10 @@ class GangRendezvous(RendezvousHandler):
         # the supervisor says.
         threading.Thread(target=reach, name="reach", daemon=True).start()
         while not found:
-            self._node.turn(None)
             if self._node.asked_to_leave:
                 return None
-        if isinstance(found[0], MeetingError):
+            self._node.turn(None)
+        if isinstance(found[0], Exception):
             raise found[0]
         return found[0]
 

@@ -234,7 +234,9 @@ class Node:
                 self._read(key.fileobj, key.data)
         self._telling.look()
         if self._silent_s is not None and not self.link.closed and time.monotonic() - self._heard > self._silent_s:
-            self.link.closed = self.link.unreachable = True
+            # What held this loop up (a file system, say) may have held up nobody else: its words may be waiting.
+            if not any(key.fileobj is self.link for key, _ in self._selector.select(0)):
+                self.link.closed = self.link.unreachable = True
             self._hear_supervisor()
         if self._kill_at is not None and self.ranks.pids and time.monotonic() >= self._kill_at:
             self._killed = True

@@ -54,6 +54,7 @@ import os, socket, sys, threading
 from pathlib import Path
 from launcher.node import Node
 from launcher.channel import Channel
+from launcher import elastic
 from launcher.elastic import GangRendezvous
 from launcher.spec import LaunchSpec, Program
 from torch.distributed.elastic.rendezvous.api import RendezvousClosedError
@@ -87,6 +88,7 @@ def supervise():
     supervisor.send({"end": {"code": 7}})
 
 told = []
+elastic._REACH_S = 3600  # only the abort ends the waiting
 threading.Thread(target=supervise).start()
 meeting = GangRendezvous(node)
 try:
@@ -102,3 +104,61 @@ def test_an_agent_that_cannot_reach_the_store_leaves_the_attempt_when_it_is_told
     done = subprocess.run([sys.executable, "-c", MEETS, tmp_path / "job.py", tmp_path],
                           capture_output=True, text=True, timeout=120)  # fmt: skip
     assert done.stdout.strip() == '{"drained":true,"attempt":0} {"drained":true,"attempt":1} {\'code\': 7}', done.stderr
+
+
+# Something else than a store answers there, with an error that nobody thought of.
+ODD = (
+    MEETS[: MEETS.index("dead, still")]
+    + """
+def connected(address, port):
+    raise RuntimeError("no store at all")
+
+elastic._connected = connected
+supervisor.send({"world": {"attempt": 0, "restarts": 0, "slots": [[1, 2]], "addr": "127.0.0.1", "port": 1, "node": 1}})
+try:
+    GangRendezvous(node).next_rendezvous()
+except RuntimeError as error:
+    print(error, flush=True)
+os._exit(0)
+"""
+)
+
+
+def test_whatever_goes_wrong_with_the_store_ends_the_waiting(tmp_path):
+    done = subprocess.run([sys.executable, "-c", ODD, tmp_path / "job.py", tmp_path],
+                          capture_output=True, text=True, timeout=60)  # fmt: skip
+    assert done.stdout.strip() == "no store at all", done.stderr
+
+
+# A loop that a file system holds up for longer than a supervisor may be silent, while that says that it is there.
+HELD_UP = (
+    AGENT[: AGENT.index("supervisor.send")].replace("silent_s=None", "silent_s=0.5")
+    + """
+import threading
+over, said = threading.Event(), threading.Semaphore(0)
+
+def supervise():
+    while not over.wait(0.05):
+        supervisor.send({"here": True})
+        said.release()
+
+def held_up():
+    for _ in range(20):
+        assert said.acquire(timeout=30)
+
+look, node._telling.look = node._telling.look, held_up
+threading.Thread(target=supervise).start()
+node.turn(10)
+node._telling.look = look
+node.turn(10)
+over.set()
+print(node.link.closed, flush=True)
+os._exit(0)
+"""
+)
+
+
+def test_an_agent_that_was_held_up_itself_hears_the_supervisor_before_it_gives_it_up(tmp_path):
+    done = subprocess.run([sys.executable, "-c", HELD_UP, tmp_path / "job.py", tmp_path],
+                          capture_output=True, text=True, timeout=60)  # fmt: skip
+    assert done.stdout.strip() == "False", done.stderr
