@@ -15,11 +15,11 @@ from tests.docs.pages import REPO, Block, Call, blocks, calls, pages
 
 FIRST = "docs/tutorials/digits.md"  # the other tutorials go on with its files
 RUN = [p for p in pages() if p != "README.md" and any(b.language in ("python", "console") for b in blocks(p))]
-DEADLINE_S = 100
+DEADLINE_S = 250
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("page", RUN)
 def test_page(page: str, tmp_path: Path) -> None:
     if page.startswith("docs/tutorials/"):
