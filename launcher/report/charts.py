@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LEVELS", "Bar", "Series", "bytes_text", "heat_map", "lines", "number", "timeline"]
 
+_MOST, _LEAST = 1e300, 1e-300
 _POINTS = 400  # of a line: more than pixels that differ
 _DOTTED = 40  # so few points are drawn as points too
 _SMOOTHED = 80  # so many that go up and down are drawn faintly, and their moving average over them
@@ -100,7 +101,8 @@ def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
 
 
 def _finite(point: tuple[float, float]) -> bool:
-    return math.isfinite(point[0]) and math.isfinite(point[1])
+    """Whether it can be drawn: sums and differences of such points are numbers, too."""
+    return all(abs(value) < _MOST for value in point)
 
 
 def _stretches(points: Sequence[tuple[float, float]]) -> Iterator[list[tuple[float, float]]]:
@@ -126,10 +128,15 @@ def _averaged(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]
     return found
 
 
+def _as_one(low: float, high: float) -> bool:
+    """Too near to each other to be told apart on an axis."""
+    return high - low <= max(_LEAST, 1e-12 * max(abs(low), abs(high)))
+
+
 def _range(values: Sequence[float], *, zero: bool) -> tuple[float, float]:
     low, high = (min(0.0, *values) if zero else min(values)), max(values)
-    if low == high:
-        low, high = (0.0, high * 2) if high > 0 else (low - 1, high + 1)
+    if _as_one(low, high):
+        low, high = (min(0.0, 2 * low), max(0.0, 2 * high)) if max(abs(low), abs(high)) > _LEAST else (-1.0, 1.0)
     room = 0.04 * (high - low)
     return (low if zero and low == 0 else low - room), high + room
 
@@ -153,8 +160,11 @@ def lines(
         return ""
     width, height, left, right, top, bottom = 460, 250, 52, 14, 12, 40
     known = [p for s in kept for p in s.points if _finite(p)]
-    x0, x1 = 0.0 if time_axis else min(a for a, _ in known), max(a for a, _ in known)
-    x0, x1 = (x0 - 1, x1 + 1) if x0 == x1 else (x0, x1)
+    x0, x1 = min(a for a, _ in known), max(a for a, _ in known)
+    x0 = min(0.0, x0) if time_axis else x0
+    if _as_one(x0, x1):
+        room = max(1.0, 1e-6 * abs(x0))
+        x0, x1 = x0 - room, x1 + room
     y0, y1 = _range([b for _, b in known], zero=zero)
 
     def at(a: float, b: float) -> tuple[float, float]:

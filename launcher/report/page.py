@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["of_array", "of_run"]
 
+_BARS = 40  # attempts on the timeline
 _CHARTS = 24  # of metrics; more are named
 _ROWS, _COLUMNS = 48, 96  # of a heat map
 _OVERLAID = 6  # runs in one chart
@@ -175,10 +176,12 @@ def _number_or(value: float | None) -> str:
 
 
 def _attempts(story: Story) -> str:
-    bars = [_bar(story, a) for a in story.history.attempts]
+    bars = [_bar(story, a) for a in story.history.attempts[-_BARS:]]
+    left = len(story.history.attempts) - len(bars)
+    more = f"<p>Drawn are the last {len(bars)}; {left} were before them.</p>" if left else ""
     head = ("attempt", "state", "began", "ran", "waited", "steps", "saved", "lost", "on", "why it ended")
     rows = [_attempt_row(story, a) for a in story.history.attempts]
-    return timeline(bars) + _key(bars) + _table(head, rows, right=head[:1] + head[3:8])
+    return timeline(bars) + _key(bars) + more + _table(head, rows, right=head[:1] + head[3:8])
 
 
 def _key(bars: Sequence[Bar]) -> str:

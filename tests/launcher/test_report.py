@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from launcher.commands.report import run
 from launcher.pace import Pace, Taken, summary
@@ -68,6 +71,20 @@ def test_a_chart_has_round_numbers_units_and_every_point() -> None:
     assert drawn.count("M") == 2  # the line is broken where there is no number
     assert lines("none", [Series("none", [(1, math.nan), (2, math.inf)])], x="", y="") == ""
     assert "<svg" in lines("flat", [Series("flat", [(3, 0.0)])], x="", y="")
+
+
+ANY = st.floats(allow_nan=True, allow_infinity=True)
+
+
+@given(st.lists(st.tuples(ANY, ANY), max_size=5), st.booleans(), st.booleans())
+@example([(0.0, -1e20)], False, False)
+@example([(1e17, 1e308), (1e17, -1e308)], False, True)
+@example([(0.0, 5e-324), (1.0, 0.0)], True, False)
+def test_whatever_was_logged_is_drawn_or_left_out(
+    points: list[tuple[float, float]], zero: bool, time_axis: bool
+) -> None:
+    drawn = lines("a", [Series("a", points)], x="x", y="y", zero=zero, time_axis=time_axis, smooth=True)
+    assert not re.search(r'"[^"]*\b(?:nan|inf)\b', drawn.replace('aria-label="a"', ""))
 
 
 def test_a_spike_is_seen_in_a_million_points() -> None:
