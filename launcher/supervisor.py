@@ -281,18 +281,21 @@ class Supervisor:
     # -------------------------------------------------------------------------------------------- the scheduler
 
     def _start_step(self) -> None:
-        if self._scheduler is not None and self._listener is not None:
-            environment = self._crew.environment | {"LAUNCH_TOKEN": self._token}
-            self._step = self._scheduler.start_agents(self._listener.getsockname()[1], environment)
+        if self._scheduler is not None:
+            self._step = self._scheduler.start_agents(*self._way_here)
 
     def _start_beside(self, node: int) -> None:
         """Start the agent of a node again, while those of the others stay."""
         assert self._scheduler is not None
-        assert self._listener is not None
         if (old := self._beside.pop(node, None)) is not None:
             reap(old, 0.1)
-        environment = self._crew.environment | {"LAUNCH_TOKEN": self._token}
-        self._beside[node] = self._scheduler.start_agent(node, self._listener.getsockname()[1], environment)
+        self._beside[node] = self._scheduler.start_agent(node, *self._way_here)
+
+    @property
+    def _way_here(self) -> tuple[int, dict[str, str]]:
+        """The port, and the environment of agents that are to come there."""
+        assert self._listener is not None
+        return self._listener.getsockname()[1], self._crew.environment | {"LAUNCH_TOKEN": self._token}
 
     def _heed(self, word: Word | None) -> None:
         """Tell the ranks what the scheduler wants, if it wants anything new."""
