@@ -1,5 +1,6 @@
 """Compiled by torch's inductor: a training that is broken off and resumed computes what one that went on does."""
 
+import contextlib
 import tempfile
 
 import torch
@@ -23,15 +24,24 @@ class Model(T.Module):
         return torch.optim.AdamW(self.parameters(), lr=0.01)
 
 
-def train(steps, path=None):
+class Save(T.Callback):
+    """Behind the smaller batch of an epoch, in the middle of the next one."""
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if trainer.global_step == 4:
+            trainer.save_checkpoint(f"{folder}/half.ckpt")
+            raise KeyboardInterrupt
+
+
+def train(steps, path=None, callbacks=()):
     torch._dynamo.reset()  # as a new process would begin
     T.seed_everything(1, verbose=False)
     module = Model()
     generator = torch.Generator().manual_seed(2)
     data = TensorDataset(torch.randn(22, 8, generator=generator), torch.randn(22, 1, generator=generator))
     trainer = T.Trainer(
-        accelerator="cpu", max_steps=steps, compile=True, logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False,
+        accelerator="cpu", max_steps=steps, compile=True, callbacks=list(callbacks), logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     trainer.fit(module, DataLoader(data, 8, shuffle=True), ckpt_path=path)
     return module, trainer
@@ -40,8 +50,8 @@ def train(steps, path=None):
 with tempfile.TemporaryDirectory() as folder:
     whole, trainer = train(9)
     assert trainer.compiling.recompiled == 1  # the last batch of an epoch
-    _, half = train(6)  # behind the smaller batch of an epoch
-    half.save_checkpoint(f"{folder}/half.ckpt")
+    with contextlib.suppress(KeyboardInterrupt):
+        train(9, callbacks=[Save()])
     resumed, trainer = train(9, f"{folder}/half.ckpt")
     for name, value in whole.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], value), name

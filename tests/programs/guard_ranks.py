@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import trainer as T
 
-BATCH, STEPS, BAD = 4, 30, 23
+BATCH, STEPS, BAD = 4, 12, 8
 
 
 class Model(T.Module):
@@ -38,9 +38,9 @@ class Stop(T.Callback):
         self.path = path
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        if trainer.global_step == 20 and not trainer.fit_run.guard.rollbacks:
+        if trainer.global_step == 5 and not trainer.fit_run.guard.rollbacks:
             trainer.save_checkpoint(self.path)
-        if trainer.fit_run.guard.rollbacks and trainer.global_step == 22:
+        if trainer.fit_run.guard.rollbacks and trainer.global_step == 7:
             raise KeyboardInterrupt
 
 
@@ -71,13 +71,13 @@ keep = [i for i in range(count) if i // (2 * BATCH) != BAD]
 expected = train(x[keep], y[keep])
 assert expected is not None
 y[2 * BATCH * BAD + 1] = math.nan
-found = train(x, y, guard=T.Guard(snapshot_every=10))
+found = train(x, y, guard=T.Guard(snapshot_every=3))
 for k, v in expected.items():
     assert torch.equal(found[k], v), (k, found[k], v)
 
 folder = [tempfile.mkdtemp()] if dist.get_rank() == 0 else [None]
 dist.broadcast_object_list(folder)
-path = f"{folder[0]}/at20.ckpt"
+path = f"{folder[0]}/at5.ckpt"
 assert train(x, y, guard=True, callbacks=[Stop(path)]) is None
 resumed = train(x, y, path, guard=True)
 assert all(torch.equal(resumed[k], v) for k, v in expected.items())
