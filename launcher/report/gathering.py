@@ -129,7 +129,7 @@ def _hidden(value: Any, name: str = "") -> Any:
     if isinstance(value, list):
         return scrub.arguments(value) if all(isinstance(v, str) for v in value) else [_hidden(v) for v in value]
     if isinstance(value, str):
-        return scrub.scrubbed(f"{name}={value}").partition("=")[2] if name else scrub.scrubbed(value)
+        return scrub.of_name(name, value)
     return value
 
 

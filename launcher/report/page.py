@@ -35,7 +35,7 @@ _METRICS = 6  # columns of metrics in the table of an array
 _LISTED = 60  # checkpoints
 _MIB = 1 << 20
 # Of a spec: what is told elsewhere, and what the house needs.
-_EVERYWHERE = ("program", "code", "output", "stop_signals", "last_call_s", "role")
+_EVERYWHERE = ("program", "code", "output", "stop_signals", "last_call_s", "role", "notify")  # that has addresses
 
 
 def of_run(story: Story) -> str:

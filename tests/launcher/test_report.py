@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 HOSTILE = "</title></style><script>alert(1)</script><img src=x onerror='alert(2)'>\"'&<b>"
-SECRETS = ("hunter2", "hf_" + "a" * 30, "sk-" + "b" * 30, "AKIA" + "C" * 16, "pa55word")
+SECRETS = ("hunter2", "9876543", "hf_" + "a" * 30, "sk-" + "b" * 30, "AKIA" + "C" * 16, "pa55word")
 
 
 # ------------------------------------------------------------------------------------------------ secrets
@@ -46,6 +46,16 @@ SECRETS = ("hunter2", "hf_" + "a" * 30, "sk-" + "b" * 30, "AKIA" + "C" * 16, "pa
         ("token = tokenizer.next(x)", "token = tokenizer.next(x)"),
         ("pad_token='<pad>'", "pad_token='<pad>'"),
         ("key=lambda x: x, password=None", "key=lambda x: x, password=None"),
+        ("DB_PASSWORD=123456", f"DB_PASSWORD={HIDDEN}"),
+        ('api_key: str | None = "hunter2"', f"api_key: str | None = {HIDDEN}"),
+        (r'{"password": "hun\"ter2", "lr": 1}', f'{{"password": {HIDDEN}, "lr": 1}}'),
+        ("password='hunter2", f"password={HIDDEN}"),
+        ("https://x.org/?q=1&access_token=hunter2&z=3", f"https://x.org/?q=1&access_token={HIDDEN}&z=3"),
+        ("redis://:hunter2@host", f"redis://{HIDDEN}@host"),
+        ("curl -H 'Authorization: Bearer hunter2hunter2'", f"curl -H 'Authorization: {HIDDEN}'"),
+        ("sent Bearer hunter2hunter2 to it", f"sent Bearer {HIDDEN} to it"),
+        ("-d @- https://hooks.slack.com/services/T0/B0/x y", f"-d @- https://hooks.slack.com/{HIDDEN} y"),
+        ("https://discord.com/api/webhooks/1/x", f"https://discord.com/api/webhooks/{HIDDEN}"),
     ],
 )
 def test_what_looks_like_a_secret_is_hidden(text: str, shown: str) -> None:
@@ -58,6 +68,25 @@ def test_an_option_and_its_secret_may_be_two_words() -> None:
     assert arguments(words) == [
         "--api-key", HIDDEN, "--lr", "0.1", "--token", "--seed", "3", f"url=http://{HIDDEN}@c",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("word", ["--password -geheim", "X_TOKEN=abc(def", "Y_SECRET=one two three", "--token=12345"])
+def test_all_of_an_options_secret_is_hidden(word: str) -> None:
+    shown = " ".join(arguments(word.split(" ") if word.startswith("-") else [word]))
+    assert shown.endswith(HIDDEN)
+    assert len(shown) == len(word.partition("=")[0].split(" ")[0]) + 1 + len(HIDDEN)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["_" * 10**5, "a_" * 10**5, "a." * 10**5, "eyJ-" * 10**5, "Zm9_dGhl-cXVp" * 10**4, "token=" * 10**5 + "(",
+     "token=" + "x" * 10**5 + "(", "token='x token=\"" * 10**4, "a" + " " * 10**5, "://a:" * 10**5,
+     "-----BEGIN " * 10**4, "authorization:'" * 10**4],
+    ids=lambda text: text[:12],
+)  # fmt: skip
+def test_a_long_text_takes_no_longer_than_it_is_long(text: str) -> None:
+    """Where a pattern had two ways to match, this would not end today."""
+    assert isinstance(scrubbed(text), str)
 
 
 # ------------------------------------------------------------------------------------------------ charts
@@ -193,8 +222,9 @@ def hostile_run(folder: Path, *, ranks: int = 4) -> None:
     folder.mkdir(parents=True)
     told = f"{HOSTILE} password={SECRETS[0]}"
     spec = {
-        "program": {"kind": "script", "target": f"{HOSTILE}.py", "args": [told, "--api-key", SECRETS[0], SECRETS[1]]},
-        "cwd": HOSTILE, "nodes": 1, "procs": ranks, "max_restarts": 1, "environment": {"HF_TOKEN": SECRETS[0]},
+        "program": {"kind": "script", "target": f"{HOSTILE}.py", "args": [told, "--api-key", SECRETS[0], SECRETS[2]]},
+        "cwd": HOSTILE, "nodes": 1, "procs": ranks, "max_restarts": 1, "notify": "curl -u me:hunter2 x",
+        "environment": {"HF_TOKEN": "abc(hunter2", "Y_SECRET": "one hunter2 three", "DB_PASSWORD": "9876543"},
     }  # fmt: skip
     (folder / "run.json").write_text(json.dumps({"version": 1, "created": 990.0, "host": HOSTILE, "spec": spec}))
     state = {"status": "failed", "cause": told, "exit_code": 1, "attempt": 1, "host": HOSTILE}
