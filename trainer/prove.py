@@ -194,8 +194,8 @@ def _trial(
     last = len(whole[0]) - 1
     for draw in range(_DRAWS):
         # Half of the places by number, half by time: else a validation after a thousand batches is never hit.
-        events, weights = range(1, last + 1), [1.0] * last if choice.random() < 0.5 else job.pauses
-        rank, (event,) = choice.randrange(job.ranks), choice.choices(events, weights)
+        numbers, weights = range(1, last + 1), [1.0] * last if choice.random() < 0.5 else job.pauses
+        rank, (event,) = choice.randrange(job.ranks), choice.choices(numbers, weights)
         folder = job.folder / f"trial-{number}-{draw}"
         codes, _ = job.attempt(folder, 0, job.seed, (rank, [kind, event, choice.random() * job.pauses[event - 1]]))
         if any(codes):
