@@ -94,11 +94,17 @@ class Window:
 
     def holds(self, epoch: int, before: Any, after: Any) -> bool:
         """Whether a batch between two positions is, or on another number of ranks overlaps, one of these."""
-        if epoch != self.epoch:
-            return False
-        if isinstance(after, int) and isinstance(self.end, int):
-            return (before or 0) < self.end and after > (self.start or 0)
-        return bool(before == self.start)
+        return epoch == self.epoch and any(
+            start < last and end > first
+            for (start, end), (first, last) in zip(_spans(before, after), _spans(self.start, self.end), strict=True)
+        )
+
+
+def _spans(before: Any, after: Any) -> list[tuple[Any, Any]]:
+    """What lies between two positions: samples (or batches) of a loader, or [cycle, sample] of each of several."""
+    if isinstance(after, int):
+        return [(before or 0, after)]
+    return [(list(start), list(end)) for start, end in zip(before or [(0, 0)] * len(after), after, strict=True)]
 
 
 class GuiltyStep(BaseException):
@@ -224,6 +230,7 @@ class Guarding:
     def watch(self, batches: Iterator[Any]) -> Iterator[Any]:
         """The batches, and SKIPPED in place of those that are left out; snapshots are taken in between."""
         state, feed = self._run.state, self._run.feed
+        skips = False
         while True:
             begins = (state.batch - state.windows_from) % state.accumulate == 0
             if begins and (self.due or state.global_step - self._taken_at >= self.guard.snapshot_every):
@@ -232,7 +239,10 @@ class Guarding:
             batch = next(batches, _NOTHING)
             if batch is _NOTHING:
                 return
-            if any(window.holds(state.epoch, before, feed.position) for window in self.skipped):
+            # A step is left out as a whole: on another number of ranks one may have other batches than the guilty one.
+            skips = skips and not begins
+            if skips or any(window.holds(state.epoch, before, feed.position) for window in self.skipped):
+                skips = True
                 yield SKIPPED
                 continue
             if begins or self._window is None:

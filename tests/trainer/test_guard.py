@@ -89,6 +89,51 @@ def test_a_batch_that_is_not_finite_might_not_have_been_there(quiet, arguments):
     assert trainer.train_state.batches == plain.train_state.batches + accumulate
 
 
+@pytest.mark.parametrize("bad", [14 * BATCH, 15 * BATCH])
+def test_all_batches_of_several_loaders(quiet, bad):
+    """Of a step over several batches all are left out, wherever the guilty one is."""
+
+    class Two(Model):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch[0], batch_idx) + super().training_step(batch[1], batch_idx)
+
+    values, others = samples([bad]), samples(n=160)
+    ends = []
+    for guard in (True, False):
+        first, second = (v if guard else without(v, [7], 2) for v in (values, others))
+        torch.manual_seed(1)
+        module, trainer = Two(), quiet(max_epochs=1, accumulate_grad_batches=2, guard=guard)
+        with pytest.warns(UserWarning, match="batches 14-15.*try 1 of 3") if guard else nullcontext():
+            trainer.fit(module, [loader(*first), loader(*second)])
+        ends.append((module, trainer))
+    assert [t.global_step for _, t in ends] == [19, 19]
+    assert ends[0][1].train_state.batches == 40
+    same(ends[0][0], ends[1][0])
+
+
+def test_a_step_of_other_batches_is_left_out_as_a_whole(quiet, tmp_path):
+    """A run that goes on with larger batches (as it does on more ranks) has the guilty one in a step with others."""
+
+    class Leave(T.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            if trainer.fit_run.guard.rollbacks and trainer.train_state.batch == 22:
+                trainer.save_checkpoint(tmp_path / "between.ckpt")
+                raise KeyboardInterrupt
+
+    class Seeing(Model):
+        def training_step(self, batch, batch_idx):
+            seen.append(batch[0])
+            return super().training_step(batch, batch_idx)
+
+    seen, (x, y) = [], samples([30 * BATCH])
+    with pytest.warns(UserWarning, match="batches 30-31"), pytest.raises(KeyboardInterrupt):
+        train(quiet, x, y, guard=True, accumulate_grad_batches=2, callbacks=[Leave()])
+    trainer = quiet(max_epochs=1, guard=True, accumulate_grad_batches=2)
+    trainer.fit(Seeing(), DataLoader(TensorDataset(x, y), 2 * BATCH), ckpt_path=tmp_path / "between.ckpt")
+    assert torch.equal(torch.cat(seen), torch.cat([x[88:120], x[136:]]))
+    assert trainer.global_step == 11 + 2 + 2
+
+
 def test_a_spike_and_several_epochs(quiet, capsys):
     """The same samples come again in every epoch, and are found again."""
     values = samples(range(25 * BATCH, 26 * BATCH), 1e4)
