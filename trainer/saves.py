@@ -130,6 +130,8 @@ class Saves:
             self._saved_batches = trainer.train_state.batches
         if wait:
             self._tell(durable=True)
+            if trainer.page is not None:
+                trainer.page.saved(step, self._stall_s, self._stall_s)
         if trainer.page is not None:
             trainer.page.phase(TRAIN if trainer.state.stage is RunningStage.TRAINING else VALIDATE)
         if not trainer.running:

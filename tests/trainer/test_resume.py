@@ -452,7 +452,8 @@ def test_a_finished_run_does_nothing_again(run_folder, restarted, tmp_path, monk
     assert torch.cat([w.flatten() for w in model.state_dict().values()]).tolist() == first["weights"]
 
 
-def test_stop_without_a_run_folder_saves_and_says_where(tmp_path, quiet, capsys):
+def test_stop_without_a_run_folder_saves_and_says_where(tmp_path, quiet, capsys, monkeypatch):
+    monkeypatch.setenv("LAUNCH_PROGRESS", str(tmp_path / "page"))
     loaders = DataLoader(Noisy(38, 0.1), 4), DataLoader(Noisy(10, 0.0), 4)
     trainer = quiet(max_epochs=3, enable_checkpointing=True)
     with pytest.raises(SystemExit) as stop:
@@ -460,6 +461,9 @@ def test_stop_without_a_run_folder_saves_and_says_where(tmp_path, quiet, capsys)
     assert stop.value.code == 128 + signal.SIGTERM
     saved = list((tmp_path / "checkpoints").glob("*stopped*"))
     assert len(saved) == 1
+    step, _, _, _, stood_still = struct.unpack_from("<Qddqd", (tmp_path / "page").read_bytes(), 40)
+    assert step == torch.load(saved[0], weights_only=True)["global_step"] > 0
+    assert stood_still > 0
     assert f"ckpt_path={str(saved[0])!r}" in capsys.readouterr().err
     trainer = quiet(max_epochs=1, enable_checkpointing=True)
     trainer.fit(Model(), *loaders, ckpt_path=saved[0])
