@@ -140,7 +140,7 @@ def fit(run: Fit) -> None:
     if hooks.on_train_start is not None:
         hooks.on_train_start()
     run.last_validation = time.monotonic() - state.elapsed
-    run.meter.begin(state.batches)
+    run.meter.begin(state.batches, run.feed)
     while (reason := _end(run)) is None:
         train_epoch(run)
     if hooks.on_train_end is not None:
@@ -236,7 +236,7 @@ def train_batches(run: Fit, limit: float) -> None:
 def next_event(run: Fit, limit: float) -> float:
     """The number of this epoch's batches after which something may be due that most batches do not have."""
     trainer, state = run.trainer, run.state
-    if run.meter.first_s is None or run.validate_seconds is not None:
+    if not run.meter.knows_batches or run.validate_seconds is not None:
         return 0
     if any(c.reduce_on_plateau and c.interval == "step" for c in run.schedulers):
         return 0
@@ -640,7 +640,7 @@ def _validation_is_due(run: Fit, is_last: bool) -> bool:
 def after_batch(run: Fit, is_last: bool) -> bool:
     """What follows a batch where more than the next batch is due. Returns whether the epoch ends here."""
     trainer, state, hooks = run.trainer, run.state, run.hooks
-    run.meter.look(state.batches, run.feed, run.metrics.batch)
+    run.meter.look(state.batches, run.feed, run.metrics.batch, is_last=is_last)
     stepped = (
         is_last or (state.batch - state.windows_from) % state.accumulate == 0 or not run.module.automatic_optimization
     )

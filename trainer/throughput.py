@@ -112,8 +112,10 @@ class Meter:
     """What a fit has done since it began. Validations are left out, and the first batch counts by itself.
 
     tensor_parallel: how many ranks take the same batches. items: samples (or tokens, if the module has
-    `tokens_in_batch`) of the newest batch looked at, on all ranks; every rank is taken to have as many. flops: of one
-    batch on this rank, forward and backward. communication: the share of a sampled step, None if that was not measured.
+    `tokens_in_batch`) per batch on all ranks; every rank is taken to have as many. Batches between two looks are taken
+    to be as the newest one; only the last of an epoch, which may be shorter, stands for nothing but itself.
+    flops: of one batch on this rank, forward and backward. communication: the share of a sampled step, None if that was
+    not measured.
     """
 
     def __init__(
@@ -121,7 +123,9 @@ class Meter:
     ) -> None:
         self.device, self.world_size, self.dtype = device, world_size, compute_dtype(precision)
         self.tensor_parallel = tensor_parallel
-        self.items: int | None = None
+        self.items: float | None = None
+        # Whether a batch was seen that others may be taken to be like.
+        self.knows_batches = False
         self.unit = "tokens" if _counts_tokens(module) else "samples"
         self.batches, self.seconds, self.waited = 0, 0.0, 0.0
         self.first_s: float | None = None
@@ -131,34 +135,35 @@ class Meter:
         # How they are known: "given", "counted", or "6ND".
         self.flops_by = ""
         self._module = module
+        self._usual: int | None = None  # items of a batch on this rank
+        self._trained = 0  # items in `batches` on this rank
         self._mark: float | None = None
         self._last = 0
         self._feeds: Any = None
         self._waited_ns = 0
 
-    def begin(self, batches: int) -> None:
+    def begin(self, batches: int, feed: Any) -> None:
         """Training begins after so many batches of earlier processes."""
         self._last, self._mark = batches, time.monotonic()
+        self._feeds, self._waited_ns = feed, feed.waited_ns
 
-    def look(self, batches: int, feed: Any, batch: Any) -> None:
-        """After a batch, the newest of `batches`."""
+    def look(self, batches: int, feed: Any, batch: Any, *, is_last: bool) -> None:
+        """After a batch, the newest of `batches`. is_last: of its epoch."""
         if self._mark is None or batches == self._last:
             return
-        if batches < self._last:  # rolled back: what was done in between is no use
-            self.begin(batches)
+        if batches < self._last or batch is None:  # rolled back, or all left out: what was done is no use
+            self.begin(batches, feed)
             return
         now = time.monotonic()
         waited_ns = feed.waited_ns
         waited = (waited_ns - (self._waited_ns if feed is self._feeds else 0)) / 1e9
         if self.first_s is None:
             self.first_s = now - self._mark
-            self._measure(batch)
         else:
             self.seconds += now - self._mark
             self.batches += batches - self._last
             self.waited += waited
-            if batch is not None:
-                self._measure(batch)
+        self._measure(batch, batches - self._last, is_last=is_last)
         self._mark, self._last, self._feeds, self._waited_ns = now, batches, feed, waited_ns
 
     def pause(self) -> None:
@@ -169,18 +174,26 @@ class Meter:
         """It is over."""
         self._mark = time.monotonic()
 
-    def _measure(self, batch: Any) -> None:
+    def _measure(self, batch: Any, batches: int, *, is_last: bool) -> None:
         try:
             own = self._module.tokens_in_batch(batch) if self.unit == "tokens" else batch_size_of(batch)
         except LoggingError:
             own = None  # nobody knows what a sample is
-        self.items = None if own is None else own * (self.world_size // self.tensor_parallel)
+        if not is_last or not self.knows_batches:
+            self._usual, self.knows_batches = own, not is_last
+        if own is None or self._usual is None:
+            self.items = mean = None
+        else:
+            if self.batches:
+                self._trained += own + self._usual * (batches - 1)
+            mean = self._trained / self.batches if self.batches else own
+            self.items = mean * (self.world_size // self.tensor_parallel)
         given = getattr(self._module, "flops_per_batch", None)
         if given:
             self.flops, self.flops_by = float(given), "given"
-        elif self.flops_by in ("", "6ND") and self.unit == "tokens" and own is not None:
+        elif self.flops_by in ("", "6ND") and self.unit == "tokens" and mean is not None:
             # Forward and backward of a transformer, without attention's products (arXiv:2001.08361, 2.1).
-            self.flops = 6.0 * own * sum(p.numel() for p in self._module.parameters()) / self.tensor_parallel
+            self.flops = 6.0 * mean * sum(p.numel() for p in self._module.parameters()) / self.tensor_parallel
             self.flops_by = "6ND"
 
     # ------------------------------------------------------------------------------------------------ what is told

@@ -12,8 +12,9 @@ from torch.utils.data import DataLoader, Dataset
 import trainer as T
 from trainer.callbacks import ThroughputMonitor
 from trainer.errors import ConfigError
+from trainer.loading import Feed
 from trainer.loggers import CSVLogger
-from trainer.throughput import PEAKS, communication_share, compute_dtype, peak_of, short
+from trainer.throughput import PEAKS, Meter, communication_share, compute_dtype, peak_of, short
 
 CPU, CUDA = torch.autograd.DeviceType.CPU, torch.autograd.DeviceType.CUDA
 
@@ -109,11 +110,11 @@ class Text(Net):
 
 
 class Data(Dataset):
-    def __init__(self, clock=None):
-        self.clock = clock
+    def __init__(self, clock=None, length=12):
+        self.clock, self.length = clock, length
 
     def __len__(self):
-        return 12
+        return self.length
 
     def __getitem__(self, index):
         if self.clock is not None:
@@ -142,6 +143,59 @@ def test_a_fit_ends_with_its_speed(tmp_path, monkeypatch, capsys):
     assert line.startswith("speed: 0.5 samples/s, 4 s per batch (the first 8 s), 75.0% of it waiting for data, peak ")
     assert "communication" not in line
     assert "MFU" not in line
+
+
+def test_a_short_last_batch_counts_as_what_it_has(tmp_path, monkeypatch, capsys):
+    clock = Clock()
+    for module in ("loading", "throughput"):
+        monkeypatch.setattr(f"trainer.{module}.time", clock)
+    meters = []
+
+    class Keep(T.Callback):
+        def on_train_end(self, trainer, pl_module):
+            meters.append(trainer.fit_run.meter)
+
+    fit(tmp_path, Text(clock), Keep(), data=Data(clock, 9), log_every_n_steps=50, enable_progress_bar=False)
+    # Behind the first batch 7 samples in 14.5 s, then 9 in 18.5 s: 16 samples of 4 tokens in 33 s.
+    assert "speed: 1.94 tokens/s, 3.67 s per batch (the first 8 s), 72.7% of it" in capsys.readouterr().err
+    meter = meters[0]
+    assert meter.items == pytest.approx(16 * 4 / 9)
+    assert meter.flops == pytest.approx(6 * 12 * 16 * 4 / 9)
+    assert meter.rate(9 / 33) == "1.94 tokens/s"
+
+
+def test_batches_are_not_taken_to_be_like_a_short_one_that_a_run_began_with():
+    meter, feed = Meter(Net(), torch.device("cpu"), 2, "32-true"), Feed()
+    full, short_one = torch.ones(8, 4), torch.ones(1, 4)
+    meter.begin(9, feed)
+    meter.look(10, feed, short_one, is_last=True)
+    assert not meter.knows_batches
+    meter.look(11, feed, full, is_last=False)
+    assert meter.knows_batches
+    meter.look(20, feed, short_one, is_last=True)
+    assert meter.items == 2 * (8 * 9 + 1) / 10
+
+
+def test_after_a_rollback_waiting_counts_anew(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr("trainer.throughput.time", clock)
+    meter, feed, batch = Meter(Net(), torch.device("cpu"), 1, "32-true"), Feed(), torch.ones(2, 4)
+
+    def pass_time(seconds, waiting):
+        clock.now += seconds
+        feed.waited_ns += round(waiting * 1e9)
+
+    feed.waited_ns = 7 * 10**9  # of a fit before
+    meter.begin(0, feed)
+    pass_time(10, 5)
+    meter.look(1, feed, batch, is_last=False)
+    pass_time(10, 5)
+    meter.look(11, feed, batch, is_last=False)
+    pass_time(100, 90)
+    meter.look(6, feed, batch, is_last=False)
+    pass_time(10, 5)
+    meter.look(16, feed, batch, is_last=False)
+    assert (meter.batches, meter.seconds, meter.waited) == (20, 20, 10)
 
 
 def test_tokens_and_flops_in_bar_log_and_end(tmp_path, capsys):
