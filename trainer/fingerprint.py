@@ -238,7 +238,9 @@ def fingerprint(trainer: Trainer, batch: Any = None) -> dict[str, str]:
     walk.take("loss scaler", trainer.precision_object.state_dict())
     for callback in trainer.callbacks:
         if _is_ours(callback):  # its other attributes follow from these
-            walk.take(f"callback {type(callback).__name__}", callback.state_dict())
+            # Files that the next save is to remove: going on removes them at once.
+            state = {name: value for name, value in callback.state_dict().items() if name != "replaced"}
+            walk.take(f"callback {type(callback).__name__}", state)
         else:
             walk.attributes(f"callback {type(callback).__name__}", callback)
     if trainer.datamodule is not None:
