@@ -202,6 +202,17 @@ def _work(folder: runs.RunFolder, listener: socket.socket | None) -> int:
     again = f", attempt {state['attempt'] + 1}" if state["attempt"] >= 0 else ""
     say(f"{backend}, run {folder.run_id}{again}: {_size(spec)}, folder {folder.path}")
     _register(folder.path, folder.created)
+    from launcher.record import errors_told
+
+    with errors_told(folder, say):
+        outcome = _carry_out(folder, listener)
+    _tell(folder, outcome)
+    return outcome.code
+
+
+def _carry_out(folder: runs.RunFolder, listener: socket.socket | None) -> Outcome:
+    """Run it from this process."""
+    spec = folder.spec
     if spec.preflight:
         from launcher.doctor.preflight import preflight
 
@@ -210,17 +221,14 @@ def _work(folder: runs.RunFolder, listener: socket.socket | None) -> int:
     if spec.ssh is not None:
         from launcher.backends import ssh
 
-        outcome = ssh.run(folder, say)
-    elif listener is None:
+        return ssh.run(folder, say)
+    if listener is None:
         from launcher.backends import local
 
-        outcome = local.run(folder, say)
-    else:
-        from launcher.backends import meeting
+        return local.run(folder, say)
+    from launcher.backends import meeting
 
-        outcome = meeting.host(folder, listener, say)
-    _tell(folder, outcome)
-    return outcome.code
+    return meeting.host(folder, listener, say)
 
 
 def _submit(folder: runs.RunFolder, *, detach: bool) -> int:
@@ -268,7 +276,7 @@ def _size(spec: LaunchSpec) -> str:
 
 def _tell(folder: runs.RunFolder, outcome: Outcome, name: str | None = None) -> None:
     """How a run ended; name: what a person calls it, if that is not its folder's."""
-    from launcher.record import report
+    from launcher.record import end_told, report
 
     name = f"run {folder.run_id}" if name is None else name
     if outcome.status == "finished":
@@ -279,8 +287,7 @@ def _tell(folder: runs.RunFolder, outcome: Outcome, name: str | None = None) -> 
     else:
         say(f"{name} failed with exit code {outcome.code}")
         _print_err(report(outcome, folder))
-    for trouble in folder.notices.wait():
-        say(trouble)
+    end_told(folder, outcome, say)
     if folder.gaps is not None:
         say(folder.gaps)
 

@@ -11,6 +11,10 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
 
 __all__ = [
     "allow_files",
@@ -122,9 +126,11 @@ def children_of(pid: int) -> list[int]:
     return found
 
 
-def descendants(pid: int) -> list[int]:
-    """All processes below `pid`, whatever session or group they moved to."""
-    found = children_of(pid)
+def descendants(pid: int, spared: Collection[int] = ()) -> list[int]:
+    """All processes below `pid`, whatever session or group they moved to. spared: without these children of it and what
+    is below them.
+    """
+    found = [child for child in children_of(pid) if child not in spared]
     for child in found:  # grows while it is walked
         found += children_of(child)
     return found
@@ -141,22 +147,16 @@ def kill_tree(pid: int) -> None:
             os.kill(victim, signal.SIGKILL)
 
 
-def end_descendants(timeout_s: float = 5.0) -> None:
-    """SIGKILL everything below this process until nothing is left."""
+def end_descendants(timeout_s: float = 5.0, spared: Collection[int] = ()) -> None:
+    """SIGKILL everything below this process until nothing is left. spared: but for these children of it and what is
+    below them, for which somebody else waits.
+    """
     deadline = time.monotonic() + timeout_s
-    while (below := descendants(os.getpid())) and time.monotonic() < deadline:
+    while (below := descendants(os.getpid(), spared)) and time.monotonic() < deadline:
         for pid in below:
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
-        _reap_all()
+        for pid in below:
+            with contextlib.suppress(ChildProcessError):  # of those, the ones that are children of this process
+                os.waitpid(pid, os.WNOHANG)
         time.sleep(0.002)
-
-
-def _reap_all() -> None:
-    while True:
-        try:
-            pid, _ = os.waitpid(-1, os.WNOHANG)
-        except ChildProcessError:
-            return
-        if pid == 0:
-            return

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import TYPE_CHECKING, Any
 
+from launcher.errors import LaunchError
 from launcher.failure import render
+from launcher.gang import Outcome
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
-    from launcher.gang import Gang, Outcome
+    from launcher.gang import Gang
     from launcher.progress import Progress
     from launcher.runs import RunFolder
 
-__all__ = ["attempt_begins", "attempt_over", "report", "run_over", "told"]
+__all__ = ["attempt_begins", "attempt_over", "end_told", "errors_told", "report", "run_over", "told"]
 
 
 def attempt_begins(run: RunFolder, attempt: int, world_size: int, hosts: Sequence[str], spares: Sequence[str]) -> None:
@@ -54,8 +57,23 @@ def run_over(run: RunFolder, gang: Gang, outcome: Outcome, progress: Progress | 
         progress=None if progress is None else progress.to_json(),
     )
     run.set_state(status=outcome.status, exit_code=outcome.code, cause=outcome.cause, spares=[])
-    if run.spec.slurm is None:  # else it may go back into the queue
-        run.notices.tell("end", **told(outcome, gang.attempt))
+
+
+def end_told(run: RunFolder, outcome: Outcome, say: Callable[[str], None], **more: Any) -> None:
+    """Tell the person's own command that the run has ended, once nothing of it is left, and give it its time."""
+    run.notices.tell("end", **told(outcome, int(run.state()["attempt"])), **more)
+    for trouble in run.notices.wait():
+        say(trouble)
+
+
+@contextlib.contextmanager
+def errors_told(run: RunFolder, say: Callable[[str], None]) -> Iterator[None]:
+    """Have a run that ends by an error told of as ended, too."""
+    try:
+        yield
+    except LaunchError as error:
+        end_told(run, Outcome("failed", error.exit_code, str(error)), say)
+        raise
 
 
 def told(outcome: Outcome, attempt: int) -> dict[str, Any]:

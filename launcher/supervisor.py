@@ -167,9 +167,9 @@ class Supervisor:
             record.run_over(self.run, self.gang, self.gang.outcome, self.progress)
             return self.gang.outcome
         finally:
+            self._observer.close()  # its note of the code has processes, too
             self._put_down()
             self._crew.presence.end()
-            self._observer.close()
             self._relay.close()
             self._waking.close()
             self._selector.close()
@@ -566,4 +566,4 @@ class Supervisor:
             reap(process, max(0.01, deadline - time.monotonic()))
         if self._remains is not None:
             self._remains.close(_FENCED_WITHIN_S)
-        end_descendants()
+        end_descendants(spared=self.run.notices.pids)

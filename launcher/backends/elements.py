@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from launcher.backends import local
 from launcher.errors import LaunchError
 from launcher.processes import die_with_parent, start_ticks
+from launcher.record import errors_told
 from launcher.runs import write_json
 from launcher.spec import Output
 
@@ -124,6 +125,7 @@ def _work(array: Array, index: int, say: Callable[[str], None], tell: Callable[[
             prefix = f"[{index}] " if folder.spec.world_size == 1 else f"[{index}:${{rank}}] "
             output = dataclasses.replace(output, prefix=prefix)
         folder.spec = dataclasses.replace(folder.spec, output=output)
-        outcome = local.run(folder, lambda line: say(f"{name}: {line}"))
+        with errors_told(folder, say):
+            outcome = local.run(folder, lambda line: say(f"{name}: {line}"))
         tell(name, folder, outcome)
         return outcome.code

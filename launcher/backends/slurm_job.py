@@ -28,9 +28,8 @@ from launcher.backends.slurm_tools import AwayError, ask
 from launcher.errors import ClusterError, LaunchError, MeetingError
 from launcher.failure import signal_name
 from launcher.gang import Outcome
-from launcher.notices import LIMIT_S
 from launcher.processes import become_subreaper
-from launcher.record import report, told
+from launcher.record import end_told, report, told
 from launcher.runs import RunFolder
 from launcher.starting import agent_command, python_command
 from launcher.supervisor import Supervisor
@@ -46,8 +45,8 @@ __all__ = ["Job", "bootstrap", "command", "run"]
 _HURRY_S = 5.0
 # How long a controller may be away: a restart takes seconds, the failover to another one minutes.
 _AWAY_S = 600.0
-# What a person's own command has before the job is requeued, which ends it here.
-_BEFORE_REQUEUE_S = 5.0
+# What a person's own command has once the job is requeued, which ends this process soon.
+_AFTER_REQUEUE_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -307,6 +306,7 @@ def run(folder: RunFolder, say: Callable[[str], None]) -> int:
             _record(folder, outcome, supervisor.gang.attempt)
             if not isinstance(error, (ClusterError, MeetingError)):
                 folder.set_state(goes_on=False)
+                end_told(folder, outcome, say, job_id=record.job_id, why=str(error))
                 raise
             lost = {record.nodes[i]: str(error) for i in supervisor.gang.missing if i < len(record.nodes)}
     verdict = decide(
@@ -362,11 +362,12 @@ def _record(folder: RunFolder, outcome: Outcome, attempt: int) -> None:
     folder.set_state(status=outcome.status, exit_code=outcome.code, cause=outcome.cause)
 
 
-def _notify(folder: RunFolder, event: str, facts: dict[str, Any], say: Callable[[str], None]) -> None:
-    """Tell the person's command. A requeue waits for it less: Slurm may be about to kill what is left here."""
-    folder.notices.tell(event, **facts)
-    for trouble in folder.notices.wait(LIMIT_S if event == "end" else _BEFORE_REQUEUE_S):
-        say(trouble)
+def _requeue_told(folder: RunFolder, facts: dict[str, Any]) -> None:
+    """Start the person's command; the requeue does not wait for it, since Slurm may be about to kill this process. What
+    Slurm sends to all that is left of the job does not end the command (an ignored signal stays ignored in it).
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    folder.notices.tell("requeue", **facts)
 
 
 def _conclude(
@@ -387,30 +388,31 @@ def _conclude(
     folder.event("job-end", job_id=job.before.job_id, restart=job.restart, again=again, why=verdict.why, cause=cause)
     if folder.gaps is not None:
         say(folder.gaps)
-    facts = told(outcome, int(folder.state()["attempt"])) | {"job_id": job.before.job_id, "why": verdict.why}
+    more = {"job_id": job.before.job_id, "why": verdict.why}
+    facts = told(outcome, int(folder.state()["attempt"])) | more
     if outcome.status == "finished":
         folder.set_state(**values)
         say(f"run {folder.run_id} finished")
-        _notify(folder, "end", facts, say)
+        end_told(folder, outcome, say, **more)
         return 0
     if outcome.status == "failed":
         say(f"run {folder.run_id} failed with exit code {outcome.code}")
         say(report(outcome, folder))
     if not again:
         folder.set_state(**values)
-        more = f"; go on with: launch resume {folder.path}" if outcome.status == "stopped" else ""
-        say(f"run {folder.run_id} {outcome.status} ({verdict.why}){more}")
-        _notify(folder, "end", facts, say)
+        resume = f"; go on with: launch resume {folder.path}" if outcome.status == "stopped" else ""
+        say(f"run {folder.run_id} {outcome.status} ({verdict.why}){resume}")
+        end_told(folder, outcome, say, **more)
         return outcome.code
     folder.set_state(status="stopped", cause=verdict.why, **values)
     if verdict.by_slurm:
         say(f"{verdict.why}: Slurm has put the job back into the queue")
         folder.event("requeued", job_id=job.before.job_id, restart=job.restart, by="Slurm")
-        _notify(folder, "requeue", facts, say)
+        _requeue_told(folder, facts)
         folder.close()
         job.avoid(sorted(excluded))
     elif _mark(folder.path, job, verdict.why, by=by):
-        _notify(folder, "requeue", facts, say)
+        _requeue_told(folder, facts)
         if job.slurm.requeue == "resubmit":
             _resubmit(folder, job, verdict.why, sorted(excluded), say)
         else:
@@ -422,7 +424,10 @@ def _conclude(
             except ClusterError:
                 if folder.state().get("restart") == job.restart:
                     folder.set_state(goes_on=False)
+                    end_told(folder, outcome, say, **more)
                 raise
+    for trouble in folder.notices.wait(_AFTER_REQUEUE_S, record=False):
+        say(trouble)
     return outcome.code
 
 

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import stat
+import subprocess
+import sys
+import threading
 from typing import TYPE_CHECKING
 
 import pytest
 
 from launcher import notices
+from launcher.backends import slurm_job
+from launcher.backends.slurm_requeue import Ledger, Verdict
 from launcher.errors import UsageError
+from launcher.gang import Outcome
 from launcher.runs import RunFolder
 from launcher.spec import LaunchSpec, Program
 
@@ -67,6 +75,107 @@ def test_a_folder_that_is_gone_is_no_reason_to_raise(tmp_path: Path) -> None:
         assert "could not be started: [Errno 2]" in said
 
 
+def test_what_is_too_long_for_a_variable_is_whole_on_stdin(tmp_path: Path) -> None:
+    with RunFolder.open(tmp_path / "run", spec(tmp_path, "cat > told.json; echo ${#LAUNCH_CAUSE} > told.txt")) as run:
+        run.notices.tell("end", cause="x" * 200_000 + "\0")
+        assert run.notices.wait() == []
+    assert (tmp_path / "told.txt").read_text() == "4096\n"
+    assert len(json.loads((tmp_path / "told.json").read_text())["cause"]) == 200_001
+
+
+def test_a_killed_command_has_no_exit_code(tmp_path: Path) -> None:
+    with RunFolder.open(tmp_path / "run", spec(tmp_path, "kill -9 $$")) as run:
+        run.notices.tell("end")
+        (said,) = run.notices.wait()
+        assert "killed by signal 9" in said
+
+
+def test_ctrl_c_ends_the_waiting_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with RunFolder.open(tmp_path / "run", spec(tmp_path, "mkfifo go; cat go")) as run:
+        run.notices.tell("end")
+        (pid,) = run.notices.pids
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "join", interrupted)
+            (said,) = run.notices.wait()
+        os.killpg(pid, signal.SIGKILL)
+        assert "is no longer waited for" in said
+
+
+def test_what_is_put_down_with_a_run_is_not_its_notice(tmp_path: Path) -> None:
+    """In a process of its own, whose children are all its own."""
+    code = (
+        "import subprocess, sys\n"
+        "from pathlib import Path\n"
+        "from launcher.processes import become_subreaper, end_descendants\n"
+        "from launcher.runs import RunFolder\n"
+        "from launcher.spec import LaunchSpec, Program\n"
+        "become_subreaper()\n"
+        "here = Path(sys.argv[1])\n"
+        "spec = LaunchSpec(program=Program('script', 'job.py'), cwd=str(here), notify='mkfifo go; (cat go; exit 3)')\n"
+        "with RunFolder.open(here / 'run', spec) as run:\n"
+        "    run.notices.tell('failure')\n"
+        "    rank = subprocess.Popen(['sleep', '600'])\n"
+        "    end_descendants(spared=run.notices.pids)\n"
+        "    assert rank.wait() is not None\n"
+        "    while not (here / 'go').exists():\n"
+        "        pass\n"
+        "    (here / 'go').write_text('')\n"
+        "    print(run.notices.wait())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert "told of the failure: exit code 3" in done.stdout
+
+
+def test_an_end_by_an_error_is_told(launch) -> None:
+    job = launch.script("print('up')\n")
+    conf = "--rdzv-endpoint=127.0.0.1:0", "--rdzv-conf=join_timeout=1,is_host=1"
+    failed = launch("--nodes", "2", "--procs", "1", *conf, "--notify", "cat > told.json", job)
+    assert failed.returncode != 0
+    told = json.loads((launch.cwd / "told.json").read_text())
+    assert (told["event"], told["status"], told["exit_code"]) == ("end", "failed", failed.returncode)
+    assert "did not come within 1 s" in told["cause"]
+
+
+class Requeued:
+    """A job whose requeue is all that is asked of it. As Slurm's own, it can be told from the order of events alone."""
+
+    class slurm:
+        requeue = "scontrol"
+
+    job_id, restart, batch, requeues, stop = "7", 0, True, True, None
+
+    class before:
+        job_id, submit = "7", 1.0
+
+    def __init__(self, go: Path) -> None:
+        self.go = go
+
+    def failed_nodes(self) -> dict[str, str]:
+        return {}
+
+    def requeue(self, _: list[str]) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)  # as Slurm sends it then
+        self.go.write_text("")
+
+
+def test_a_requeue_does_not_wait_for_its_notice(tmp_path: Path) -> None:
+    """The command waits for the requeue here, which therefore has to come first."""
+    os.mkfifo(tmp_path / "go")
+    old = signal.getsignal(signal.SIGTERM)
+    try:
+        with RunFolder.open(tmp_path / "run", spec(tmp_path, "cat go > told; echo done >> told")) as run:
+            verdict = Verdict(True, "preempted", Ledger())
+            slurm_job._conclude(run, Requeued(tmp_path / "go"), Outcome("stopped", 75, "x"), verdict, print)  # type: ignore[arg-type]
+    finally:
+        signal.signal(signal.SIGTERM, old)
+    assert (tmp_path / "told").read_text() == "done\n"
+
+
 def test_what_is_no_command(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--notify ' ': give a command for the shell"):
         spec(tmp_path, " ")
@@ -74,7 +183,8 @@ def test_what_is_no_command(tmp_path: Path) -> None:
 
 def test_a_failure_another_attempt_and_the_end(launch) -> None:
     job = launch.script("import os, sys\nsys.exit(0 if os.environ['LAUNCH_ATTEMPT'] == '1' else 5)\n")
-    launched = launch.ok("--procs", "1", "--max-restarts", "1", "--notify", "cat >> told.jsonl; exit 9", job)
+    slow = "sleep 0.5; cat >> told.jsonl; exit 9"  # longer than it takes to put a run down
+    launched = launch.ok("--procs", "1", "--max-restarts", "1", "--notify", slow, job)
     lines = [json.loads(line) for line in (launch.cwd / "told.jsonl").read_text().splitlines()]
     assert [(line["event"], line["status"], line["attempt"]) for line in lines] == [
         ("failure", "failed", 0),
