@@ -20,15 +20,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from trainer.errors import ConfigError, DivergedError
 from trainer.optimizers import needs_closure
-from trainer.rank_state import restore_rank
+from trainer.rank_state import rank_state, restore_rank
 from trainer.ranks import rank_zero_info, rank_zero_warn
 from trainer.resume import Found
-from trainer.state import TrainState, capture, restore_model
+from trainer.state import TrainState
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -151,62 +151,102 @@ def _local(tensor: Any) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[no-any-return]
 
 
+def _put_back(values: dict[Any, Any], kept: dict[Any, Any]) -> None:
+    """Each value as it was; tensors in place, as others may hold them (a scheduler its learning rate)."""
+    for name, value in kept.items():
+        now = values.get(name)
+        if isinstance(value, _Kept) and isinstance(now, Tensor) and _local(now).shape == value.copy.shape:
+            _local(now).copy_(value.copy)
+        else:
+            values[name] = _restored(value)
+
+
 class Snapshot:
-    """All that a training goes on from, between two batches, in this process's memory."""
+    """All that a training goes on from, between two batches, in this process's memory.
+
+    No hook of checkpoints takes part: those are made for a run that begins. Parameters, buffers and the optimizers'
+    state go back in place, nothing is gathered, renamed or made anew; callbacks have `Callback.snapshot_state`.
+    """
 
     def __init__(self, run: Fit) -> None:
-        shared, own = capture(run.trainer)
-        shared.pop("optimizer_states")
+        trainer, module = run.trainer, run.module
         self.step = run.state.global_step
         self.norms: list[float] = []
         self._progress = asdict(run.state)
-        self._shared, self._own = _kept(shared), _kept(own)
-        # By parameter and in place: nothing is gathered, renamed or made anew.
+        _reshard(module)
+        self._parameters = [(p, _Kept(p)) for p in module.parameters()]
+        self._buffers = [(m._buffers, _kept(dict(m._buffers))) for m in module.modules() if m._buffers]
+        self._extra = [
+            (m, _kept(m.get_extra_state()))
+            for m in module.modules() if type(m).get_extra_state is not nn.Module.get_extra_state
+        ]  # fmt: skip
         self._optimizers = [
             (
-                {p: _kept(dict(values)) for p, values in optimizer.state.items()},
-                [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups],
+                [(p, _kept(dict(values))) for p, values in optimizer.state.items()],
+                [{k: _kept(v) for k, v in group.items() if k != "params"} for group in optimizer.param_groups],
             )
-            for optimizer in run.trainer.optimizers
+            for optimizer in trainer.optimizers
         ]
+        self._schedulers = [_kept(c.scheduler.state_dict()) for c in trainer.lr_scheduler_configs]
+        self._precision = _kept(trainer.precision_object.state_dict())
+        self._data = None if trainer.datamodule is None else _kept(trainer.datamodule.state_dict())
+        self._callbacks = [(callback, _kept(callback.snapshot_state())) for callback in trainer.callbacks]
+        self._own = _kept(rank_state(run))
 
     @property
     def size(self) -> int:
         """Bytes on the host."""
         found: list[_Kept] = []
-        tree_map(lambda v: found.append(v) if isinstance(v, _Kept) else None, (self._shared, self._own))
-        for states, _ in self._optimizers:
-            tree_map(lambda v: found.append(v) if isinstance(v, _Kept) else None, list(states.values()))
+        tree_map(lambda v: found.append(v) if isinstance(v, _Kept) else None, list(vars(self).values()))
         return sum(kept.copy.nbytes for kept in found)
 
+    @torch.no_grad()
     def restore(self, run: Fit) -> None:
         """Bring all of it back."""
         trainer = run.trainer
         if run.world.device.type == "cuda":
             torch.cuda.synchronize()
-        shared: dict[str, Any] = _restored(self._shared)
-        restore_model(trainer, shared)
+        _reshard(run.module)
+        for parameter, kept in self._parameters:
+            _local(parameter).copy_(kept.copy)
+        for buffers, saved in self._buffers:
+            _put_back(buffers, saved)
+        for module, extra in self._extra:
+            module.set_extra_state(_restored(extra))
         for optimizer, (states, groups) in zip(trainer.optimizers, self._optimizers, strict=True):
             optimizer.zero_grad()
-            for parameter in [p for p in optimizer.state if p not in states]:
+            known = dict(states)
+            for parameter in [p for p in optimizer.state if p not in known]:
                 del optimizer.state[parameter]
-            for parameter, saved in states.items():
+            for parameter, saved in states:
                 state = optimizer.state[parameter]
-                for name, value in saved.items():
-                    if isinstance(value, _Kept):
-                        _local(state[name]).copy_(value.copy)
-                    else:
-                        state[name] = value
+                for name in [n for n in state if n not in saved]:
+                    del state[name]
+                _put_back(state, saved)
             for group, values in zip(optimizer.param_groups, groups, strict=True):
-                group.update(values)
-        for config, saved in zip(trainer.lr_scheduler_configs, shared["lr_schedulers"], strict=True):
-            config.scheduler.load_state_dict(saved)
-        trainer.precision_object.load_state_dict(shared["precision"])
+                _put_back(group, values)
+        for config, saved in zip(trainer.lr_scheduler_configs, self._schedulers, strict=True):
+            config.scheduler.load_state_dict(_restored(saved))
+        trainer.precision_object.load_state_dict(_restored(self._precision))
+        if trainer.datamodule is not None and self._data:
+            trainer.datamodule.load_state_dict(_restored(self._data))
+        for callback, saved in self._callbacks:
+            if saved:
+                callback.load_snapshot_state(_restored(saved))
         for name in (f.name for f in fields(TrainState)):
             setattr(run.state, name, self._progress[name])
         run.metrics.enter("train")
         run.metrics.begin_anew()
-        restore_rank(run, Found("the snapshot", shared, _restored(self._own), False, world_size=run.world.size))
+        restore_rank(run, Found("the snapshot", {}, _restored(self._own), False, world_size=run.world.size))
+
+
+def _reshard(module: nn.Module) -> None:
+    """Let go of weights that FSDP2 has gathered: after a validation the outermost are still there."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for unit in module.modules():
+        if isinstance(unit, FSDPModule):
+            unit.reshard()
 
 
 class Guarding:
@@ -233,7 +273,8 @@ class Guarding:
         skips = False
         while True:
             begins = (state.batch - state.windows_from) % state.accumulate == 0
-            if begins and (self.due or state.global_step - self._taken_at >= self.guard.snapshot_every):
+            due = self.due or state.global_step - self._taken_at >= self.guard.snapshot_every
+            if self._snapshot is None or (begins and due):  # a resumed run may begin within a step
                 self._take()
             before = state.position
             batch = next(batches, _NOTHING)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import time
 from contextlib import nullcontext
 
 import pytest
@@ -13,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import trainer as T
-from trainer.callbacks import EMAWeightAveraging, ModelCheckpoint
+from trainer.callbacks import EMAWeightAveraging, ModelCheckpoint, ModelPruning, Timer
 from trainer.errors import ConfigError, DivergedError
 from trainer.loggers import CSVLogger
 
@@ -176,6 +177,84 @@ def test_averages_checkpoints_and_logs_go_back_too(quiet, tmp_path):
     assert all(torch.equal(value, guarded[1]._average[k]) for k, value in whole[1]._average.items())
     assert guarded[2] == whole[2]
     assert guarded[3] == whole[3]  # what is repeated is logged once
+
+
+def test_hooks_of_checkpoints_and_clocks_take_no_part(quiet):
+    class Watching(T.Callback):
+        seconds, hooks, passed = 0.0, 0, ()
+
+        def state_dict(self):
+            return {"passed": list(self.passed)}
+
+        def load_state_dict(self, state_dict):
+            self.passed = state_dict["passed"]
+
+        def on_save_checkpoint(self, trainer, module, checkpoint):
+            self.hooks += 1
+
+        on_load_checkpoint = on_save_checkpoint
+
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            self.passed = [*self.passed, batch_idx]
+            assert timer.time_elapsed() >= self.seconds
+            self.seconds = timer.time_elapsed()
+            assert self.seconds <= time.monotonic() - timer.start_time()
+
+    pruned, watching, timer = Model(), Watching(), Timer()
+    pruning = ModelPruning("l1_unstructured", parameters_to_prune=[(pruned.net[0], "weight")], amount=0.25)
+    trainer = quiet(max_epochs=2, guard=T.Guard(snapshot_every=3), callbacks=[timer, pruning, watching])
+    with pytest.warns(UserWarning, match="batches 15, .*on without them"):
+        trainer.fit(pruned, loader(*samples([15 * BATCH])))
+    assert trainer.global_step == 2 * 39
+    assert watching.hooks == 0
+    assert watching.passed == [i for i in range(40) if i != 15] * 2
+    assert (pruned.net[0].weight == 0).sum() >= 8
+
+
+def test_an_optimizer_of_another_kind(quiet):
+    """Its learning rate is a tensor, which the scheduler fills in place, and its state has a list."""
+
+    class Momentum(torch.optim.SGD):
+        @torch.no_grad()
+        def step(self, closure=None):
+            for group in self.param_groups:
+                for p in group["params"]:
+                    momenta = self.state[p].setdefault("momenta", [torch.zeros_like(p)])
+                    momenta[0] = momenta[0] * 0.9 + p.grad
+                    p -= group["lr"] * momenta[0]
+
+    class Other(Model):
+        def configure_optimizers(self):
+            optimizer = Momentum(self.parameters(), lr=torch.tensor(0.01))
+            scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.97)
+            return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+
+    values, ends = samples([15 * BATCH]), []
+    for guard, given in ((T.Guard(snapshot_every=10), values), (False, without(values, [15]))):
+        torch.manual_seed(1)
+        module, trainer = Other(), quiet(max_epochs=1, guard=guard)
+        with pytest.warns(UserWarning, match="Back to step 10") if guard else nullcontext():
+            trainer.fit(module, loader(*given))
+        ends.append((module, trainer.optimizers[0].param_groups[0]["lr"]))
+    same(ends[0][0], ends[1][0])
+    assert torch.equal(ends[0][1], ends[1][1])
+
+
+def test_goes_on_within_a_step_that_is_guilty(quiet, tmp_path):
+    class Leave(T.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            if batch_idx == 30:
+                trainer.save_checkpoint(tmp_path / "within.ckpt")
+                raise KeyboardInterrupt
+
+    values = samples([31 * BATCH])
+    with pytest.raises(KeyboardInterrupt):
+        train(quiet, *values, guard=True, accumulate_grad_batches=2, callbacks=[Leave()])
+    module, trainer = Model(), quiet(max_epochs=1, gradient_clip_val=1.0, guard=True, accumulate_grad_batches=2)
+    with pytest.warns(UserWarning, match="gradients of step 16 have the norm nan.*batches 31,.*Back to step 15"):
+        trainer.fit(module, loader(*values), ckpt_path=tmp_path / "within.ckpt")
+    assert trainer.global_step == 19
+    assert all(value.isfinite().all() for value in module.state_dict().values())
 
 
 def test_tries_end(quiet):

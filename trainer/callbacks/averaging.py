@@ -141,6 +141,13 @@ class WeightAveraging(Callback):
         self._latest_step = state_dict["latest_step"]
         self._latest_epoch = state_dict["latest_epoch"]
 
+    def snapshot_state(self) -> dict[str, Any]:
+        return {"own": self.state_dict(), "average": dict(self._average)}
+
+    def load_snapshot_state(self, state: dict[str, Any]) -> None:
+        self.load_state_dict(state["own"])
+        self._average = state["average"]
+
     def on_save_checkpoint(self, trainer: Trainer, pl_module: Module, checkpoint: dict[str, Any]) -> None:
         if not self._count:
             return
@@ -342,6 +349,13 @@ class StochasticWeightAveraging(Callback):
         averaging = self._averaging
         average = dict(averaging._average) if averaging._count else {}
         return {"begun": self._begun, "average": average, "averaging": averaging.state_dict()}
+
+    def snapshot_state(self) -> dict[str, Any]:
+        return {"begun": self._begun, "averaging": self._averaging.snapshot_state()}
+
+    def load_snapshot_state(self, state: dict[str, Any]) -> None:
+        self._begun = state["begun"]
+        self._averaging.load_snapshot_state(state["averaging"])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         try:

@@ -65,6 +65,17 @@ class Callback:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take back what `state_dict` returned; called before `on_train_start`."""
 
+    def snapshot_state(self) -> dict[str, Any]:
+        """What goes back with training when `Trainer(guard=...)` undoes a step: tensors (copied) and plain values.
+
+        By default the `state_dict`. Empty for what goes on: clocks, and what tells of files.
+        """
+        return self.state_dict()
+
+    def load_snapshot_state(self, state: dict[str, Any]) -> None:
+        """Take back, in the middle of training, what `snapshot_state` returned."""
+        self.load_state_dict(state)
+
     def on_save_checkpoint(self, trainer: Trainer, pl_module: Module, checkpoint: dict[str, Any]) -> None:
         """Add to, or change, the checkpoint that is about to be written."""
 

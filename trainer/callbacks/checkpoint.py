@@ -41,6 +41,9 @@ class Checkpoint(Callback):
 
     monitors_epoch_end = True
 
+    def snapshot_state(self) -> dict[str, Any]:
+        return {}  # what is written stays written when steps are undone
+
 
 class _Choice(NamedTuple):
     """Rank 0's decision about one save; it is sent to the other ranks, so that all of them write the same one."""

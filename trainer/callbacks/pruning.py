@@ -169,6 +169,9 @@ class ModelPruning(Callback):
         }  # fmt: skip
         return {"pruned": pruned, "first": self._first}
 
+    def snapshot_state(self) -> dict[str, Any]:
+        return {}  # weights and masks are the model's
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._first = state_dict["first"]
 

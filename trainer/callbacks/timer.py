@@ -127,6 +127,9 @@ class Timer(Callback):
     def state_dict(self) -> dict[str, Any]:
         return {"time_elapsed": {stage: self.time_elapsed(stage) for stage in _STAGES}}
 
+    def snapshot_state(self) -> dict[str, Any]:
+        return {}  # time that a step took is spent, also if it is undone
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._before = float(state_dict.get("time_elapsed", {}).get("train", 0.0))
 
