@@ -225,6 +225,69 @@ def test_without_counting_tokens_give_six_per_parameter(tmp_path, capsys):
     )
 
 
+class Sampling(ThroughputMonitor):
+    """Samples a step on one rank, too."""
+
+    def on_train_start(self, trainer, pl_module):
+        super().on_train_start(trainer, pl_module)
+        self._until_profile = 2
+
+    def on_train_end(self, trainer, pl_module):
+        self.found, self.under_way = self._meter.communication, self._profile is not None
+        super().on_train_end(trainer, pl_module)
+
+
+def test_a_profile_around_a_fit_goes_on(tmp_path):
+    monitor = Sampling()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as around:
+        fit(tmp_path, Net(), monitor)
+        with torch.profiler.record_function("behind"):
+            pass
+    assert monitor.found is None
+    assert any(event.name == "behind" for event in around.events())
+    fit(tmp_path, Net(), again := Sampling())
+    assert again.found == 0
+
+
+def test_a_sample_ends_where_nobody_tells_that_an_optimizer_stepped(tmp_path):
+    class Manual(Net):
+        automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            optimizer = self.trainer.optimizers[0]
+            optimizer.zero_grad()
+            self.net(batch).square().mean().backward()
+            optimizer.step()
+
+    monitor = Sampling()
+    trainer = fit(tmp_path, Manual(), monitor)
+    assert trainer.global_step == 0
+    assert not monitor.under_way
+    assert monitor.found == 0
+
+
+def test_a_rollback_takes_back_what_was_measured(tmp_path):
+    class Bad(Net):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            return loss * float("nan") if 14 in batch else loss
+
+    class Windows(ThroughputMonitor):
+        def compute(self, trainer, pl_module):
+            counts = [batches for _, batches, *_ in self._window]
+            assert counts == list(range(counts[0], counts[0] + len(counts)))
+            assert counts[-1] == self._totals[1]
+            return super().compute(trainer, pl_module)
+
+    with pytest.warns(UserWarning, match="Back to step 5 and on without them"):
+        fit(tmp_path, Bad(), monitor := Windows(), data=Data(length=24), max_epochs=1, guard=T.Guard(snapshot_every=5))
+    assert monitor.state_dict()["totals"][1:] == [11, 22, 0]
+    rows = (tmp_path / "lightning_logs" / "version_0" / "metrics.csv").read_text().splitlines()
+    at = rows[0].split(",").index("step")
+    steps = [row.split(",")[at] for row in rows[1:]]
+    assert len(steps) == len(set(steps)), rows
+
+
 def test_measuring_changes_no_weight(tmp_path):
     weights = []
     for callbacks in ([], [ThroughputMonitor()]):

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from trainer.trainer import Trainer
 
 
+# Batches that are profiled at most, where nobody tells that an optimizer stepped.
+_SAMPLED_AT_MOST = 8
+
+
 class ThroughputMonitor(Callback):
     """Logs rates over a sliding window of training batches, with the steps that loggers get.
 
@@ -44,7 +48,8 @@ class ThroughputMonitor(Callback):
             They are not counted where ranks share layers. Without any, a module with `tokens_in_batch` is taken to need
             6 per parameter and token ("6ND").
         peak_flops: of the device in FLOP/s, in the format that is used, where the table in trainer.throughput lacks it.
-        communication: profile one step on several ranks. It is left out under a profiler of the Trainer.
+        communication: profile one step on several ranks. It is left out under a profiler, the Trainer's or one that is
+            already on.
 
     Raises:
         ConfigError: the window is too small, or (during `fit`) the trainer has no logger.
@@ -133,7 +138,7 @@ class ThroughputMonitor(Callback):
         if due:
             self._logged_step = step
             values = self.compute(trainer, pl_module)
-            trainer.reports.log({f"train/{name}": value for name, value in values.items()}, step, epoch=False)
+            trainer.reports.log({f"train/{name}": value for name, value in values.items()}, None, epoch=False)
 
     def compute(self, trainer: Trainer, pl_module: Module) -> dict[str, float]:
         """The totals so far and the rates over the window."""
@@ -175,7 +180,8 @@ class ThroughputMonitor(Callback):
         device = self._meter.device
         if self._profile is None:
             self._until_profile -= 1
-            if self._until_profile == 0:
+            # To end a profile ends that around it, too.
+            if self._until_profile == 0 and not torch.autograd.profiler._is_profiler_enabled:
                 activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
                 self._profile = profile(activities=activities, acc_events=True)
                 self._profile.start()
@@ -183,7 +189,11 @@ class ThroughputMonitor(Callback):
                     torch.cuda.synchronize(device)
                 self._began = time.perf_counter()
                 self._profiled_from = trainer.global_step
-        elif trainer.global_step > self._profiled_from:
+                self._profile_left = max(trainer.accumulate_grad_batches, _SAMPLED_AT_MOST)
+            return
+        self._profile_left -= 1
+        # Optimizers that are not those of `self.optimizers()` step without global_step.
+        if trainer.global_step > self._profiled_from or self._profile_left == 0:
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             seconds = time.perf_counter() - self._began
@@ -218,4 +228,10 @@ class ThroughputMonitor(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         seconds, batches, samples, items = state_dict["totals"]
         self._totals = (float(seconds), int(batches), int(samples), int(items))
+        if self._mark is not None:  # rolled back in the middle of a fit: what came since then is done anew
+            self._leave()
+            while self._window and self._window[-1][1] >= batches:
+                self._window.pop()
+            self._window.append(self._totals)
+            self._mark = time.perf_counter()
         self._flops = state_dict.get("flops")
