@@ -30,8 +30,11 @@ KEYS = ("backend", "mode", "options", "dynamic", "fullgraph", "blocks")
 _STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 # Modes that replay recorded CUDA graphs, which must be told where a step begins.
 _GRAPHS = ("reduce-overhead", "max-autotune")
-# So often one function may be compiled anew before a warning; torch gives up after config.recompile_limit (8).
+# So often one function may be compiled anew before a warning.
 _RECOMPILES = 4
+# torch gives up after 8 shapes and runs the rest uncompiled: a resumed run, which met others first, would not compute
+# what went on would have.
+_NO_LIMIT = 1 << 30
 
 
 def check_compile(given: Any) -> dict[str, Any] | None:
@@ -155,9 +158,15 @@ class Compiling:
             if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
         }
         config: Any = torch.compiler.config
-        before = config.dynamic_sources
-        config.dynamic_sources = ",".join(filter(None, [before, *(f"L['{n}']" for n in sorted(numbers))]))
-        self._undo.append(lambda: setattr(config, "dynamic_sources", before))
+        sources = ",".join(filter(None, [config.dynamic_sources, *(f"L['{n}']" for n in sorted(numbers))]))
+        self._set(config, "dynamic_sources", sources)
+        for limit in ("recompile_limit", "accumulated_recompile_limit"):
+            self._set(torch._dynamo.config, limit, _NO_LIMIT)
+
+    def _set(self, config: Any, name: str, value: Any) -> None:
+        before = getattr(config, name)
+        setattr(config, name, value)
+        self._undo.append(lambda: setattr(config, name, before))
 
     def _keep_out(self, owner: type, name: str) -> None:
         function = owner.__dict__[name]
@@ -182,9 +191,11 @@ class Compiling:
         frame, _, again = str(args.compile_id).rpartition("/")
         if args.callback_trigger.name == "DYNAMO" and again != "0" and self._anew[frame] == _RECOMPILES:
             what, why = _reason(frame)
+            limit = torch._dynamo.config.recompile_limit
+            then = "goes on with every change" if limit >= _NO_LIMIT else f"gives up after {limit}"
             rank_zero_warn(
-                f"torch.compile has compiled {what} {_RECOMPILES + 1} times, and gives up after "
-                f"{torch._dynamo.config.recompile_limit}; the newest reason: {why}. If shapes change, pad them, or "
+                f"torch.compile has compiled {what} {_RECOMPILES + 1} times, and {then}; the newest reason: {why}. If "
+                "shapes change, pad them, or "
                 "Trainer(compile={'dynamic': True}); what changes with every step belongs into a function under "
                 "@torch.compiler.disable."
             )

@@ -341,6 +341,10 @@ class Guarding:
             event.synchronize()
             self._judge(float(buffer), window)
 
+    def leave(self) -> None:
+        """The run ends by an exception: nothing is undone any more, and other ranks may not be there to agree."""
+        self._pending = None
+
     def _judge(self, norm: float, window: Window) -> None:
         if not math.isfinite(norm):
             if self._run.precision.scaler is None:
@@ -380,7 +384,8 @@ class Guarding:
                 "So it is hardly the data: look at the learning rate, the precision and the loss, go on from an older "
                 "checkpoint, or give Guard(spike=..., max_tries=...) other values."
             )
-        run.trainer.reports.told_until = run.state.logger_step
+        reports = run.trainer.reports
+        reports.told_until = max(reports.told_until, run.state.logger_step)
         snapshot.restore(run)
         self._norms = deque(snapshot.norms, maxlen=self.guard.window)
         self.rollbacks += 1
@@ -391,7 +396,7 @@ class Guarding:
         )
         self._record(guilty, ids, snapshot.step)
         counts = {"guard/rollbacks": float(self.rollbacks), "guard/skipped_steps": float(len(self.skipped))}
-        run.trainer.reports.log(counts, run.trainer.reports.told_until)
+        reports.log(counts, reports.told_until)
 
     def _record(self, guilty: GuiltyStep, ids: list[Any], back_to: int) -> None:
         run_dir = self._run.trainer.run_dir

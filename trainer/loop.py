@@ -302,7 +302,8 @@ def _or_skip(run: Fit, train_batch: Callable[[Any, int, bool], bool | None]) -> 
         state.batch += 1
         state.batches += 1
         state.position = run.feed.position
-        run.trainer.reports.told_until = state.logger_step + 1  # of this one there is nothing to tell
+        reports = run.trainer.reports
+        reports.told_until = max(reports.told_until, state.logger_step + 1)  # of this one there is nothing to tell
         if is_last:
             step_schedulers(run, "epoch", plateau=False)
         return is_last or (index + 1 - state.windows_from) % state.accumulate == 0

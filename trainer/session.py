@@ -158,7 +158,7 @@ def _set_up(trainer: Trainer, fn: TrainerFn, module: Module) -> None:
             setattr(module, name, converted)
     if trainer.compiling is not None:
         trainer.compiling.begin(module, trainer.device)
-        trainer.parallel.compiling = trainer.compiling
+    trainer.parallel.compiling = trainer.compiling  # also None: a strategy object may have had another run
     trainer.parallel.place(module)
 
 
@@ -234,6 +234,8 @@ def _call_teardown(trainer: Trainer, fn: TrainerFn, module: Module) -> None:
 
 def _broken(trainer: Trainer, module: Module, exception: BaseException) -> None:
     """Tell callbacks, the DataModule and the loggers that the run ends by an exception."""
+    if trainer.fit_run is not None and trainer.fit_run.guard is not None:
+        trainer.fit_run.guard.leave()
     for callback in trainer.callbacks:
         callback.on_exception(trainer, module, exception)
     if trainer.datamodule is not None:

@@ -70,6 +70,31 @@ def test_numbers_that_change_and_metrics_do_not_compile_anew(boring, data, quiet
     assert torch.compiler.config.dynamic_sources == ""
 
 
+@pytest.mark.filterwarnings("ignore:torch.compile has compiled")
+def test_every_shape_is_compiled(boring, quiet):
+    """Also the ninth, at which torch would give up: a resumed run, which meets others first, computes the same."""
+    ran = []
+
+    def backend(graph, inputs):
+        def compiled(*args):
+            ran.append(args)
+            return graph(*args)
+
+        return compiled
+
+    class Lengths(boring):
+        def training_step(self, batch, batch_idx):
+            return self.layer(batch).square().mean()
+
+    batches = DataLoader([torch.randn(n, 4) for n in range(2, 14)] * 2, batch_size=None)
+    limit = torch._dynamo.config.recompile_limit
+    trainer = quiet(compile={"backend": backend}, max_epochs=1)
+    trainer.fit(Lengths(), batches)
+    assert len(ran) == 24
+    assert trainer.compiling.recompiled == 11
+    assert torch._dynamo.config.recompile_limit == limit
+
+
 @pytest.mark.slow
 def test_what_keeps_being_compiled_is_told(boring, quiet):
     """A batch of another length each time, each compiled for itself."""
@@ -79,7 +104,7 @@ def test_what_keeps_being_compiled_is_told(boring, quiet):
             return self.layer(batch).square().mean()
 
     batches = DataLoader([torch.randn(n, 4) for n in range(2, 9)], batch_size=None)
-    with pytest.warns(UserWarning, match="has compiled training_step .* 5 times.*size mismatch"):
+    with pytest.warns(UserWarning, match="has compiled training_step .* 5 times, and goes on with.*size mismatch"):
         quiet(compile=EAGER, max_epochs=1).fit(Lengths(), batches)
     trainer = quiet(compile=EAGER | {"dynamic": True}, max_epochs=1)
     trainer.fit(Lengths(), batches)

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import trainer as T
-from trainer.callbacks import EMAWeightAveraging, ModelCheckpoint, ModelPruning, Timer
+from trainer.callbacks import EMAWeightAveraging, ModelCheckpoint, ModelPruning, OnExceptionCheckpoint, Timer
 from trainer.errors import ConfigError, DivergedError
 from trainer.loggers import CSVLogger
 
@@ -255,6 +255,37 @@ def test_goes_on_within_a_step_that_is_guilty(quiet, tmp_path):
         trainer.fit(module, loader(*values), ckpt_path=tmp_path / "within.ckpt")
     assert trainer.global_step == 19
     assert all(value.isfinite().all() for value in module.state_dict().values())
+
+
+def test_rows_are_logged_once_after_several_rollbacks(quiet, tmp_path):
+    values = samples([8 * BATCH, 20 * BATCH, 31 * BATCH])
+    with pytest.warns(UserWarning, match="Back to step 0 "):
+        train(
+            quiet, *values, guard=T.Guard(max_tries=3), log_every_n_steps=1,
+            logger=CSVLogger(tmp_path, name="", version=""),
+        )  # fmt: skip
+    with open(tmp_path / "metrics.csv") as file:
+        steps = [row["step"] for row in csv.DictReader(file) if row.get("loss_step")]
+    assert len(steps) == len(set(steps)) == 37
+
+
+def test_a_users_error_stays_the_users(quiet, tmp_path):
+    """While the norm of a bad step is still on its way from a GPU, and callbacks save what there is."""
+
+    class Came:
+        def synchronize(self):
+            pass
+
+    class Fail(T.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            guard = trainer.fit_run.guard
+            guard._pending = Came(), torch.tensor(math.nan), guard._window
+            raise RuntimeError("the user's")
+
+    with pytest.raises(RuntimeError, match="the user's"):
+        callbacks = [Fail(), OnExceptionCheckpoint(tmp_path)]
+        train(quiet, *samples(), guard=True, callbacks=callbacks, enable_checkpointing=True)
+    assert list(tmp_path.iterdir())
 
 
 def test_tries_end(quiet):
