@@ -9,7 +9,7 @@ from trainer.errors import ConfigError
 from trainer.hooks import overridden
 from trainer.module import Module
 from trainer.prefetch import prefetch
-from trainer.preparation import make_evaluation
+from trainer.preparation import make_evaluation, training_mover
 from trainer.ranks import rank_zero_info, rank_zero_warn
 from trainer.sources import Loaders, Source
 
@@ -85,7 +85,7 @@ class RunData:
         """Give a fit its training batches, and say how long an epoch is and when to validate."""
         trainer = self._trainer
         loaders = self.train()
-        run.feed = loaders.training_feed()
+        run.feed, run.move = loaders.training_feed(), training_mover(run)
         prefetch(run)
         run.batches_per_epoch = batches = loaders.batches
         if trainer.loggers and batches < trainer.log_every_n_steps and not trainer.fast_dev_run:

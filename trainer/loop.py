@@ -80,7 +80,6 @@ class Fit:
     page: ProgressPage | None
     meter: Meter
     step: Callable[[Any, int], Any]
-    move: Callable[[Any, int], Any] | None
     optimizer: Any
     wrapped: WrappedOptimizer | None
     # The optimizer is stepped through a closure: it wants one, or the module overrides optimizer_step.
@@ -91,6 +90,8 @@ class Fit:
     # Clipping and on_before_optimizer_step; None if there is neither.
     before_step: Callable[[Any], None] | None = None
     feed: Any = None  # a Feed or CombinedFeed; the loaders are asked for last
+    # How a batch of this feed gets to the device; None if it is there as it comes.
+    move: Callable[[Any, int], Any] | None = None
     batches_per_epoch: float = 0
     validation: Evaluation | None = None
     # Set per epoch: validate after every so many batches (0: not in this epoch), counted over epochs or not.

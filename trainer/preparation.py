@@ -241,7 +241,6 @@ def _make_fit(trainer: Trainer, module: Module, hooks: Hooks) -> Fit:
             tensor_parallel=trainer.parallel.tensor_parallel,
         ),
         step=bound_step(trainer, module, "training_step", trainer.parallel.step),
-        move=_mover(trainer, hooks),
         optimizer=optimizer,
         wrapped=trainer.wrapped_optimizers[0] if optimizer is not None else None,
         by_closure=optimizer is not None and (needs_closure(optimizer) or hooks.optimizer_step is not None),
@@ -253,8 +252,6 @@ def _make_fit(trainer: Trainer, module: Module, hooks: Hooks) -> Fit:
     if trainer.config.virtual_ranks is not None:
         refuse(run)
         run.virtual = VirtualRanks(module, trainer.world, trainer.config.virtual_ranks, seed=trainer.train_state.seed)
-        if (move := run.move) is not None:
-            run.move = lambda batches, number: [move(batch, number) for batch in batches]
     clips = trainer.gradient_clip_val is not None or hooks.configure_gradient_clipping is not None
     # Whether clipping computes no norm that the guard could look at.
     lacks_norm = not clips or run.gradient_clip_algorithm != "norm" or hooks.configure_gradient_clipping is not None
@@ -302,6 +299,14 @@ def _wrap_optimizers(trainer: Trainer, module: Module, hooks: Hooks) -> None:
         )
         for optimizer in trainer.optimizers
     ]
+
+
+def training_mover(run: Fit) -> Callable[[Any, int], Any] | None:
+    """How a training batch gets to the device, or None if it is there as it comes."""
+    move = _mover(run.trainer, run.hooks)
+    if move is None or run.virtual is None:
+        return move
+    return lambda batches, number: [move(batch, number) for batch in batches]
 
 
 def _mover(trainer: Trainer, hooks: Hooks) -> Callable[[Any, int], Any] | None:

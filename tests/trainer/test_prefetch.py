@@ -133,6 +133,45 @@ def test_a_run_with_batches_ahead_is_the_same_and_goes_on_exactly(tmp_path, monk
     assert torch.equal(rest.net.weight, plain.net.weight)
 
 
+class Reloads(Net):
+    """Loaders with and without workers in turn; each batch is moved by a hook."""
+
+    def __init__(self):
+        super().__init__()
+        self.moved = []
+
+    def train_dataloader(self):
+        return DataLoader(Noisy(4), 2, num_workers=1 - self.trainer.current_epoch % 2)
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        self.moved.append((self.trainer.current_epoch, batch[0].device.type))
+        return batch
+
+
+def reload(tmp_path, accelerator):
+    module = Reloads()
+    T.Trainer(
+        max_epochs=3, reload_dataloaders_every_n_epochs=1, accelerator=accelerator, devices=1, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
+    ).fit(module)  # fmt: skip
+    return module.moved
+
+
+@pytest.mark.filterwarnings("ignore:.*num_workers:UserWarning")
+def test_a_later_loader_that_does_not_come_ahead_is_moved(tmp_path, monkeypatch):
+    def prefetch(run):
+        if draws_apart(run.feed):
+            run.feed, run.move = Prefetched(run.feed, lambda b: b, lambda b: b), None
+
+    monkeypatch.setattr("trainer.feeding.prefetch", prefetch)
+    assert reload(tmp_path, "cpu") == [(1, "cpu")] * 2
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_later_loader_that_does_not_come_ahead_is_moved(tmp_path):
+    assert reload(tmp_path, "cuda") == [(epoch, "cuda") for epoch in (0, 0, 1, 1, 2, 2)]
+
+
 @pytest.mark.gpu
 @pytest.mark.usefixtures("_seeded")
 def test_on_a_gpu_batches_are_copied_beside_the_computing(tmp_path, monkeypatch):
