@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from trainer.errors import CheckpointError, ConfigError
 from trainer.materialize import is_meta, materialize
 from trainer.module import Module
+from trainer.seed import rng_state, set_rng_state
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -80,6 +81,9 @@ class Parallel:
         training=False: nothing will be stepped, so that no room is made for exchanging gradients.
         """
         raise NotImplementedError
+
+    def draw_alike(self) -> None:
+        """Ranks that compute one model together draw what the first of them draws, from now on. All must call it."""
 
     def step_of(self, name: str) -> Callable[..., Any]:
         """What to call in place of a step of the module that exchanges no gradients."""
@@ -443,6 +447,13 @@ class FSDP(Parallel):
             yield
         finally:
             self.module.set_requires_gradient_sync(True)  # type: ignore[operator]
+
+    def draw_alike(self) -> None:
+        if self.tensor_parallel > 1:
+            state = [rng_state()]
+            group = self.device_mesh["tensor_parallel"].get_group()
+            dist.broadcast_object_list(state, group=group, group_src=0, device=self.world.device)
+            set_rng_state(state[0])
 
     def _alike(self, tensors: list[Tensor]) -> list[list[Tensor]]:
         if self.tensor_parallel == 1:

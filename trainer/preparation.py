@@ -125,6 +125,7 @@ def begin(run: Fit) -> None:
     else:
         restore_rank(run, run.resumed)
         run.resumed = None
+    run.parallel.draw_alike()
     run.trainer.state.stage = RunningStage.TRAINING
     if run.page is not None:
         run.page.phase(TRAIN)

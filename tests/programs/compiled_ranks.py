@@ -65,7 +65,8 @@ def counted(graph, inputs):
 for name, strategy in (("ddp", lambda: T.DDP(bucket_cap_mb=1)), ("fsdp", T.FSDP)):
     expected, _ = train(strategy())
     counters.clear()
-    found, trainer = train(strategy(), compile={"backend": counted})
+    given = strategy()
+    found, trainer = train(given, compile={"backend": counted})
     assert list(found) == list(expected), list(found)
     for key, value in expected.items():
         torch.testing.assert_close(found[key], value)
@@ -78,5 +79,9 @@ for name, strategy in (("ddp", lambda: T.DDP(bucket_cap_mb=1)), ("fsdp", T.FSDP)
         # A unit for itself: without and with gradients of what comes in, and under validation.
         assert all(m._compiled_call_impl is None for m in trainer.lightning_module.modules())
         assert compiling.compiled == 1, compiling.told()
+    # The same strategy object compiles nothing in a run that does not ask for it.
+    made = len(graphs)
+    train(given)
+    assert len(graphs) == made
     print("alike", name, flush=True)
 torch.distributed.destroy_process_group()

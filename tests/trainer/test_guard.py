@@ -282,8 +282,8 @@ def test_a_users_error_stays_the_users(quiet, tmp_path):
             guard._pending = Came(), torch.tensor(math.nan), guard._window
             raise RuntimeError("the user's")
 
+    callbacks = [Fail(), OnExceptionCheckpoint(tmp_path)]
     with pytest.raises(RuntimeError, match="the user's"):
-        callbacks = [Fail(), OnExceptionCheckpoint(tmp_path)]
         train(quiet, *samples(), guard=True, callbacks=callbacks, enable_checkpointing=True)
     assert list(tmp_path.iterdir())
 
