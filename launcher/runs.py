@@ -6,7 +6,7 @@ events.jsonl            one line per thing that happened, appended
 failure.json            the first failure of the last failed attempt
 stop-<attempt>.json     cause and deadline of a stop request, written before the ranks are told
 logs/attempt-<n>/rank-<r>.log   everything that rank printed
-surroundings-<attempt>.json     interpreter, packages, machine and code of each launch
+surroundings-<attempt>.json     interpreter, packages, machine and code of each launch; its edits: surroundings-*.diff
 samples.jsonl           what the ranks took over time: steps, memory, saves; bounded
 notify.log              what the command of --notify printed
 stacks/attempt-<n>-<time>/      where all ranks were, after a hang or when somebody asked

@@ -62,6 +62,10 @@ class Recorder:
     _rows: dict[str, list[float | None]] = field(default_factory=dict)
     _broken: bool = False
 
+    def __post_init__(self) -> None:
+        with contextlib.suppress(OSError), open(self.folder / _FILE, "rb") as file:
+            self._lines = sum(1 for _ in file)  # of the run's earlier launches
+
     @property
     def _each(self) -> int:
         return -(-self.ranks // _ROWS)

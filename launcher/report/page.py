@@ -187,9 +187,9 @@ def _attempts(story: Story) -> str:
 def _key(bars: Sequence[Bar]) -> str:
     kinds = dict.fromkeys(b.kind for b in bars)
     marks = dict.fromkeys(kind for b in bars for _, kind, _ in b.marks)
-    shown = [f'<span><i class="key bar {k}"></i>{k}</span>' for k in kinds]
+    shown = [f'<span><i class="key bar {escape(k)}"></i>{escape(k)}</span>' for k in kinds]
     shown += ['<span><i class="key waited"></i>waited</span>'] if any(b.waited >= 1 for b in bars) else []
-    shown += [f'<span><i class="key mark {k}"></i>{k}</span>' for k in marks]
+    shown += [f'<span><i class="key mark {escape(k)}"></i>{escape(k)}</span>' for k in marks]
     return f'<div class="legend">{"".join(shown)}</div>' if bars else ""
 
 
@@ -420,7 +420,7 @@ def _code(story: Story) -> str:
     if not code:
         return ""
     facts = {"repository": str(code["root"]), "commit": str(code["commit"] or "none yet"),
-             "branch": code["branch"] or "", "edited": "yes" if code["edited"] else "no"}  # fmt: skip
+             "branch": code["branch"] or "", "edited": {True: "yes", False: "no"}.get(code["edited"], "")}  # fmt: skip
     diff = code.get("diff") or ""
     if not diff:
         return _facts(facts)
@@ -487,7 +487,13 @@ def _last(part: Part, name: str) -> float | None:
 
 def _best(name: str, values: Sequence[float]) -> float | None:
     down = any(word in name.lower() for word in ("loss", "err", "perplex", "mse", "mae"))
+    values = [v for v in values if math.isfinite(v)]
     return None if not values else min(values) if down else max(values)
+
+
+def _rank(value: float, *, down: bool) -> float:
+    """The better the less; what is no number comes last."""
+    return math.inf if not math.isfinite(value) else value if down else -value
 
 
 def _overlaid(parts: Sequence[Part]) -> str:
@@ -498,7 +504,7 @@ def _overlaid(parts: Sequence[Part]) -> str:
     first = metrics[0]
     scored = [(v, p) for p in parts if (v := _last(p, first)) is not None]
     down = _best(first, [0.0, 1.0]) == 0.0
-    chosen = [p for _, p in sorted(scored, key=lambda item: item[0] if down else -item[0])][:_OVERLAID]
+    chosen = [p for _, p in sorted(scored, key=lambda item: _rank(item[0], down=down))][:_OVERLAID]
     charts = []
     for name in metrics:
         series = [

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -19,6 +20,8 @@ from launcher.pace import Pace, Taken, summary
 from launcher.progress import Progress
 from launcher.report import curves
 from launcher.report.charts import Bar, Series, heat_map, lines, number, timeline
+from launcher.report.gathering import Part
+from launcher.report.page import _overlaid, _table_of
 from launcher.samples import Recorder
 from launcher.scrub import HIDDEN, arguments, scrubbed
 
@@ -234,7 +237,7 @@ def hostile_run(folder: Path, *, ranks: int = 4) -> None:
         {"time": 1000.0, "event": "attempt", "attempt": 0, "hosts": [HOSTILE], "world_size": ranks},
         {"time": 1010.0, "event": "slow", "attempt": 0, "rank": 1, "told": told, "over": False, "host": HOSTILE},
         {"time": 1020.0, "event": "stop", "attempt": 0, "cause": told},
-        {"time": 1060.0, "event": "attempt-failed", "attempt": 0, "status": "failed", "cause": told, **exits},
+        {"time": 1060.0, "event": "attempt-failed", "attempt": 0, "status": HOSTILE, "cause": told, **exits},
         {"time": 1070.0, "event": "attempt", "attempt": 1, "hosts": [HOSTILE], "world_size": ranks},
         {"time": 1090.0, "event": "end", "attempt": 1, "status": "failed", "code": 1, "cause": told, **exits},
     ]
@@ -247,7 +250,8 @@ def hostile_run(folder: Path, *, ranks: int = 4) -> None:
     events(folder / "tb/x.tfevents.1", *({"step": s, "tag": tag, "value": 1 / (s + 1), "at": 1000.0 + s}
                                          for s in range(40) for tag in (f"loss{HOSTILE}", "accuracy")))  # fmt: skip
     code = {"root": HOSTILE, "commit": "abc", "branch": HOSTILE, "edited": True,
-            "diff": f"diff --git a/x b/x\n-{HOSTILE}\n+{scrubbed(told)}\n@@ 1 @@"}  # fmt: skip
+            "diff": "surroundings-x.diff"}  # fmt: skip
+    (folder / "surroundings-x.diff").write_text(f"diff --git a/x b/x\n-{HOSTILE}\n+{scrubbed(told)}\n@@ 1 @@")
     here = {"python": HOSTILE, "executable": HOSTILE, "system": HOSTILE, "cpus": 2, "memory": 1 << 30,
             "gpus": [HOSTILE, HOSTILE], "packages": {HOSTILE: HOSTILE, "torch": "2.15"}, "code": code}  # fmt: skip
     (folder / "surroundings-0.json").write_text(json.dumps(here))
@@ -309,6 +313,19 @@ def test_a_run_that_tells_nothing_has_a_page_too(tmp_path: Path, monkeypatch: py
     assert "Nothing was logged into the run folder" in page
 
 
+def test_runs_that_diverged_come_last() -> None:
+    def part(name: str, loss: float) -> Part:
+        curve = curves.Curve("loss", [(0.0, 1.0), (1.0, loss)])
+        return Part(SimpleNamespace(name=name, status="finished", cause=None), {}, [curve], 1.0)
+
+    parts = [part("bad", math.nan), *(part(f"run{i}", 10.0 - i) for i in range(6)), part("over", -math.inf)]
+    assert "<b>5</b>" in _table_of(parts)
+    shown = _overlaid(parts)
+    assert "run5" in shown
+    assert "bad" not in shown
+    assert "over" not in shown
+
+
 SWEPT = """
 import csv, os, sys
 lr = float(sys.argv[1].partition("=")[2])
@@ -359,7 +376,8 @@ def test_where_it_cannot_be_written_is_said(launch) -> None:
 def test_where_a_run_was_launched_is_noted(launch) -> None:
     git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
     script = launch.script("print('up')\n")
-    for words in (["init", "-q"], ["add", "job.py"], ["commit", "-qm", "first"]):
+    hidden = ["config", "diff.external", "touch shown; :"]  # is not to be run
+    for words in (["init", "-q"], hidden, ["add", "job.py"], ["commit", "-qm", "first"]):
         subprocess.run([*git, *words], cwd=launch.cwd, check=True, capture_output=True)
     script.write_text("print('up')\npassword = 'hunter2'\n")
     job = launch.ok("--procs", "1", "--preload", "json", "--run", "here", script)
@@ -367,5 +385,6 @@ def test_where_a_run_was_launched_is_noted(launch) -> None:
     assert path.name == "surroundings-0.json"
     here = json.loads(path.read_text())
     assert here["code"]["edited"]
-    assert "+password = [hidden]" in here["code"]["diff"]
+    assert "+password = [hidden]" in (job.run.path / here["code"]["diff"]).read_text()
+    assert not (launch.cwd / "shown").exists()
     assert here["packages"]["torch"]

@@ -91,3 +91,8 @@ def test_what_a_run_does_is_recorded(launch) -> None:
     assert (first.attempt, first.each, first.step, first.save) == (0, 1, 5, (3, 2.5, 0.25))
     assert len(first.rows["rss"]) == 2
     assert all(value is not None and value > 1 for value in first.rows["rss"])
+
+
+def test_a_later_launch_of_the_run_knows_how_long_the_record_is(tmp_path: Path) -> None:
+    (tmp_path / "samples.jsonl").write_text("{}\n" * 7)
+    assert Recorder(tmp_path, ranks=1, nodes=1)._lines == 7
