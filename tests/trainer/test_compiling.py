@@ -70,6 +70,7 @@ def test_numbers_that_change_and_metrics_do_not_compile_anew(boring, data, quiet
     assert torch.compiler.config.dynamic_sources == ""
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:torch.compile has compiled")
 def test_every_shape_is_compiled(boring, quiet):
     """Also the ninth, at which torch would give up: a resumed run, which meets others first, computes the same."""
