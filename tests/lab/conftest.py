@@ -14,7 +14,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import machines
 from machines import Call, Machines
-from netns import wait_for
 
 from lab import Lab, LabError, Settings, Sharing, why_not
 
@@ -112,7 +111,7 @@ def healed_machines(started: Machines) -> Iterator[Machines]:
     yield started
     for name in machines.NAMES:
         started.network.link_up(name)
-    wait_for(lambda: not started.left("launcher"), 60, "the end of everything that was launched")
+    started.wait_empty("launcher", 60, "the end of everything that was launched")
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 from job import LAUNCH
-from netns import HEAD, Host, Network, command, wait_for
+from netns import HEAD, Host, LabError, Network, command, wait_for
 
 NAMES = ("ada", "bob", "cyd")
 HEADS_NUMBER = 1
@@ -118,6 +118,13 @@ class Machines:
             for p in self.host(name).processes()
             if needle in p.command
         ]
+
+    def wait_empty(self, needle: str, timeout: float, what: str, at: tuple[str, ...] = (HEAD, *NAMES)) -> None:
+        """Wait until no command on these machines has `needle` in it; `LabError` that names those that have."""
+        try:
+            wait_for(lambda: not self.left(needle, at), timeout, what)
+        except LabError as error:
+            raise LabError(f"{error}; there is {'; '.join(self.left(needle, at))}") from None
 
     def down(self) -> None:
         self.network.down()

@@ -63,7 +63,7 @@ def test_forty_logins_at_once_through_a_jump_host_that_drops_some(machines, tmp_
     done = machines.popen(sys.executable, "many.py", cwd=tmp_path, stdout=subprocess.PIPE, text=True)
     assert done.communicate(timeout=150)[0] == "40 []\n"
     assert "past MaxStartups" in (machines.folder / "sshd-ada.log").read_text()
-    wait_for(lambda: not machines.left("launcher"), 30, "the end of all hands")
+    machines.wait_empty("launcher", 30, "the end of all hands")
 
 
 def test_nodes_of_a_partition_are_examined_by_a_job_and_preemption_is_explained(lab, tmp_path):

@@ -144,7 +144,7 @@ def test_the_first_host_is_cut_off_and_comes_back(work, machines: Machines) -> N
     machines.network.link_down("ada")
     attempt_on(call, "bob", "cyd")
     # Nobody reaches it, and still nothing of the run goes on there.
-    wait_for(lambda: not machines.left("launcher", at=("ada",)), 60, "the end of what was cut off")
+    machines.wait_empty("launcher", 60, "the end of what was cut off", at=("ada",))
     machines.network.link_up("ada")
     attempt_on(call, "ada", "bob", "cyd")
     (call.folder / "done").touch()

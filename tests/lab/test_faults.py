@@ -227,8 +227,8 @@ class Sufferer:
         step, total, attempt = self.saved
         assert total == sum(n * (1 + 2 + 3 + 4) for n in range(int(step)))
         assert attempt == self.failures == len(self.failed())
-        wait_for(lambda: not self.machines.left("launcher"), 30, "the end of everything that was launched")
-        wait_for(lambda: not self.machines.left(str(self.call.folder)), 30, "the end of the ranks")
+        self.machines.wait_empty("launcher", 30, "the end of everything that was launched")
+        self.machines.wait_empty(str(self.call.folder), 30, "the end of the ranks")
 
 
 @pytest.fixture

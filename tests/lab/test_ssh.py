@@ -146,7 +146,7 @@ def test_a_cut_cable_is_noticed_and_the_run_begins_again_when_it_is_mended(call,
     machines.network.link_down("bob")
     wait_for(lambda: "attempt-failed" in (one.folder / "events.jsonl").read_text(), 30, "the failure")
     # Nobody can reach it, and still nothing of the run goes on there.
-    wait_for(lambda: not machines.left("agent", at=("bob",)), 60, "the end of bob's agent")
+    machines.wait_empty("agent", 60, "the end of bob's agent", at=("bob",))
     for saved in one.folder.glob("saved-*"):
         saved.unlink()
     machines.network.link_up("bob")
@@ -162,7 +162,7 @@ def test_a_killed_supervisor_leaves_time_to_save_and_nothing_behind(call, machin
     one.ups(2)
     one.signal(signal.SIGKILL)
     one.process.communicate(timeout=60)
-    wait_for(lambda: not machines.left("launcher"), 60, "the end of all agents")
+    machines.wait_empty("launcher", 60, "the end of all agents")
     assert len(list(one.folder.glob("saved-*"))) == 2
 
 

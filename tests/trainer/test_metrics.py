@@ -208,4 +208,4 @@ def test_a_batch_without_tensors_needs_its_size(boring, data, quiet):
             self.log("v", 1.0)
 
     with pytest.raises(LoggingError, match="batch_size=n"):
-        quiet().validate(Model(), [["text"]])
+        quiet().validate(Model(), DataLoader(["text"], batch_size=None))
