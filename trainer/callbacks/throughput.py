@@ -228,10 +228,4 @@ class ThroughputMonitor(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         seconds, batches, samples, items = state_dict["totals"]
         self._totals = (float(seconds), int(batches), int(samples), int(items))
-        if self._mark is not None:  # rolled back in the middle of a fit: what came since then is done anew
-            self._leave()
-            while self._window and self._window[-1][1] >= batches:
-                self._window.pop()
-            self._window.append(self._totals)
-            self._mark = time.perf_counter()
         self._flops = state_dict.get("flops")
