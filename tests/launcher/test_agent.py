@@ -89,7 +89,7 @@ def supervise():
 
 told = []
 elastic._REACH_S = 3600  # only the abort ends the waiting
-threading.Thread(target=supervise).start()
+threading.Thread(target=supervise, daemon=True).start()
 meeting = GangRendezvous(node)
 try:
     meeting.next_rendezvous()
@@ -147,7 +147,7 @@ def held_up():
         assert said.acquire(timeout=30)
 
 look, node._telling.look = node._telling.look, held_up
-threading.Thread(target=supervise).start()
+threading.Thread(target=supervise, daemon=True).start()
 node.turn(10)
 node._telling.look = look
 node.turn(10)
