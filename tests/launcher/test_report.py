@@ -296,6 +296,7 @@ def test_a_page_shows_a_run_and_nothing_in_it_acts(tmp_path: Path, monkeypatch: 
     assert "prefers-color-scheme:dark" in page
 
 
+@pytest.mark.slow
 def test_a_page_of_a_hundred_thousand_ranks_is_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hostile_run(tmp_path / "large", ranks=100_000)
     page = page_of(tmp_path / "large", monkeypatch)
