@@ -133,33 +133,36 @@ class Remains:
 
     def __init__(self, fleet: Fleet) -> None:
         self._fleet = fleet
-        self._left: dict[int, tuple[int, int]] = {}  # pid and start of the agent
-        self._fences: dict[int, subprocess.Popen[bytes]] = {}
+        # By node, and by pid and start of the agent: what is ending it. A node may have lost several meanwhile.
+        self._left: dict[int, dict[tuple[int, int], subprocess.Popen[bytes] | None]] = {}
         self._leaving: list[subprocess.Popen[bytes]] = []
 
     def lost(self, node: int, pid: int, started: int, *, given_up: subprocess.Popen[bytes] | None = None) -> None:
         """An agent is lost. given_up: it no longer answers; the way to it, over which it may still be told so."""
-        self._left[node] = (pid, started)
+        self._left.setdefault(node, {})[pid, started] = None
         if given_up is not None:
             self._leaving.append(given_up)
             self.end(node)
 
     def end(self, node: int) -> None:
-        """End what an agent of this node left, unless that is known to be done."""
-        fence = self._fences.pop(node, None)
-        if fence is not None and fence.poll() == 0:
-            self._left.pop(node, None)
-        elif fence is not None:
-            self._leaving.append(fence)
-        if node in self._left:
-            self._fences[node] = self._fleet.fence(node, *self._left[node])
+        """End what agents of this node left, but for those of which it is known to be done."""
+        self._leaving = [process for process in self._leaving if process.poll() is None]
+        left = self._left.get(node, {})
+        for agent, fence in list(left.items()):
+            if fence is not None and fence.poll() == 0:
+                del left[agent]
+                continue
+            if fence is not None:
+                self._leaving.append(fence)
+            left[agent] = self._fleet.fence(node, *agent)
 
     def close(self, within_s: float) -> None:
         """Wait for what is being ended; nothing that was started here is left."""
         deadline = time.monotonic() + within_s
-        for process in self._fences.values():
+        fences = [fence for left in self._left.values() for fence in left.values() if fence is not None]
+        for process in fences:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(max(0.0, deadline - time.monotonic()))
-        for process in (*self._leaving, *self._fences.values()):
+        for process in (*self._leaving, *fences):
             process.kill()
             process.wait()

@@ -1,7 +1,8 @@
-"""Who of a fleet is started when: by waves, and again."""
+"""Who of a fleet is started when: by waves, and again; and what lost agents left is ended."""
 
 from __future__ import annotations
 
+import subprocess
 from typing import Any
 
 import pytest
@@ -64,3 +65,34 @@ def test_a_login_that_was_dropped_is_tried_again(roll, monkeypatch):
     monkeypatch.setattr(fleet.time, "monotonic", lambda: later)
     assert roll.due() == [0]
     roll.check([0])  # it is on its way, and what happened before does not tell how that ends
+
+
+class Fenced(Hosts):
+    """Whoever is fenced: by `true` if that works, else by `false`."""
+
+    def __init__(self):
+        self.works = True
+        self.fenced = []
+        self.process = None
+
+    def fence(self, node: int, pid: int, started: int) -> subprocess.Popen[bytes]:
+        self.fenced.append((node, pid, started))
+        self.process = subprocess.Popen(["true" if self.works else "false"])
+        return self.process
+
+
+def test_each_agent_that_a_node_loses_is_ended_until_that_is_known_to_be_done():
+    hosts = Fenced()
+    remains = fleet.Remains(hosts)  # type: ignore[arg-type]  # it only fences
+
+    hosts.works = False
+    remains.lost(1, 100, 7, given_up=subprocess.Popen(["true"]))
+    hosts.process.wait(30)
+    hosts.works = True
+    remains.end(1)  # a new agent has come, and is lost when the first one's end is known
+    hosts.process.wait(30)
+    remains.lost(1, 200, 8, given_up=subprocess.Popen(["true"]))
+    hosts.process.wait(30)
+    remains.end(1)
+    assert hosts.fenced == [(1, 100, 7), (1, 100, 7), (1, 200, 8)]
+    remains.close(0)
