@@ -24,6 +24,7 @@ def run(command, cwd, timeout=170):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_torchrun_script_gives_the_same_model_under_both(tmp_path):
     """Bit for bit: the same ranks, the same environment, the same result."""
     import torch

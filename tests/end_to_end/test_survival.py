@@ -33,6 +33,7 @@ def small_memory():
     folder.rmdir()
 
 
+@pytest.mark.slow
 def test_digits_survive_every_death_of_a_rank(tmp_path, small_memory):
     ways = ["raise", "exit3", "segv", f"oom:{small_memory}", "kill"]
     done = launch("--procs", 2, "--max-restarts", 5, "--run", "r", ROOT / "tests/programs/digits_faulty.py",

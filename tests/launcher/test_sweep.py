@@ -100,6 +100,7 @@ if "--b=y" in sys.argv and not (here / "mended").exists(): sys.exit(7)
 """
 
 
+@pytest.mark.slow
 def test_a_sweep_runs_here_and_its_failed_elements_again(launch) -> None:
     script = launch.script(ELEMENT)
     words = ["--backend", "local", "--no-preload", "--run", "grid", "--sweep", "b=x,y", "--array", "%2", script]

@@ -58,6 +58,7 @@ def test_a_store_on_s3(bucket, gang):
     gang.ok(1, "checkpoint_s3.py", bucket, timeout=100)
 
 
+@pytest.mark.slow
 def test_a_fault_of_each_kind_at_a_request_to_s3(bucket, gang):
     assert "TRIED 11" in gang.ok(1, "checkpoint_s3_faults.py", bucket, "one", timeout=100)[0].stdout
 

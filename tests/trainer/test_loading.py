@@ -479,7 +479,7 @@ def test_to_device():
     assert map_tensors([one, Graph()], lambda t: t + 1)[0].tolist() == [2.0, 2.0]
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_run_goes_on_in_mid_epoch_on_another_number_of_ranks(gang, tmp_path):
     """4 -> 2 -> 3: every sample of the epoch once, and the epoch ends with its validation."""
 
@@ -503,6 +503,7 @@ def test_a_run_goes_on_in_mid_epoch_on_another_number_of_ranks(gang, tmp_path):
     assert all("validated" in r.stdout for r in results)
 
 
+@pytest.mark.slow
 def test_a_rank_that_joins_after_an_epochs_last_batch_reports_with_the_others(gang, tmp_path):
     file, small = str(tmp_path / "a.ckpt"), {"SIZE": "6"}
     gang.ok(1, "parallel_elastic.py", "stop", "3", file, env=small)

@@ -53,7 +53,7 @@ def test_a_script_that_resumes_exactly_passes(tmp_path):
     assert (tmp_path / "runs" / "trial-0-0" / "checkpoints").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(300)
 def test_a_leak_is_named():
     proof = prove_resume(LEAKS, ["callback"], kills=0, stops=1)

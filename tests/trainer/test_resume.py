@@ -44,7 +44,7 @@ def test_two_ranks_stop_together_die_and_go_on(gang, tmp_path):
     assert end(hurt) == end(whole)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_virtual_ranks_end_alike_after_a_kill_on_another_number_of_ranks(gang, tmp_path):
     def variables(name, attempt, hurts=()):
         (tmp_path / name).mkdir(exist_ok=True)

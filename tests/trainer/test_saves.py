@@ -172,6 +172,7 @@ runpy.run_path(sys.argv[1], run_name="__main__")
 """
 
 
+@pytest.mark.slow
 def test_no_torn_checkpoint_is_resumed_when_the_grace_is_shorter_than_a_save(gang, tmp_path):
     """The stop signal comes while a save is under way, and the kill before either is durable."""
     program = str(PROGRAMS / "trainer_resume.py")
