@@ -27,17 +27,17 @@ test-failed: $(BIN)/launch ## those that failed last time, one at a time
 	$(BIN)/python -m pytest --last-failed --last-failed-no-failures none -m "not soak and not gpu and not lab and not slow"
 
 test-slow: $(BIN)/launch ## the few that take many seconds each: notebooks, logging servers, proofs of exact resume
-	$(BIN)/python -m pytest -n $(JOBS) -m "slow and not soak"
+	$(BIN)/python -m pytest -n $(JOBS) -o cache_dir=.pytest_cache/slow -m "slow and not soak"
 
 test-slow-failed: $(BIN)/launch ## those of them that failed last time
-	$(BIN)/python -m pytest --last-failed --last-failed-no-failures none -m "slow and not soak"
+	$(BIN)/python -m pytest -o cache_dir=.pytest_cache/slow --last-failed --last-failed-no-failures none -m "slow and not soak"
 
 test-lab: $(BIN)/launch ## tests on a real Slurm of 3 nodes in namespaces (root; installs Debian's Slurm)
 	tests/lab/install.sh
-	$(BIN)/python -m pytest tests/lab -m "not soak"
+	$(BIN)/python -m pytest tests/lab -o cache_dir=.pytest_cache/lab -m "not soak"
 
 test-lab-failed: $(BIN)/launch ## those of the lab's tests that failed last time
-	$(BIN)/python -m pytest --last-failed --last-failed-no-failures none tests/lab -m "not soak"
+	$(BIN)/python -m pytest -o cache_dir=.pytest_cache/lab --last-failed --last-failed-no-failures none tests/lab -m "not soak"
 
 lab: $(BIN)/launch ## a Slurm cluster of 3 nodes to play with (root); end it with make lab-down
 	tests/lab/install.sh
