@@ -147,7 +147,7 @@ def fail(world: World, store: Store) -> None:
     store.wait()
     assert [m.step for m in store.list()] == [3, 2, 1]
 
-    def full(self: Folder, name: str, blocks: object, **how: bool) -> None:
+    def full(self: Folder, name: str, blocks: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     original = Folder.write_blocks

@@ -35,12 +35,12 @@ def main(folder: str) -> None:
     writes = 0
     what = errno.ENOSPC
 
-    def wrong(self: Folder, name: str, blocks: object, **how: bool) -> int:
+    def wrong(self: Folder, name: str, blocks: object) -> int:
         nonlocal writes
         writes += 1
         if T.ranks.read_ranks().rank == 1 and writes == 3:  # the second shard: a record follows each
             raise OSError(what, "scripted")
-        return original(self, name, blocks, **how)
+        return original(self, name, blocks)
 
     Folder.write_blocks = wrong
     trainer, callback = fit(f"{folder}/full")

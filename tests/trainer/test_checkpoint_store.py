@@ -213,21 +213,6 @@ def test_retention_removes_nothing_if_what_would_stay_is_not_complete(url):
     assert store.load(f"step-{1:012d}").state["seed"] == 1
 
 
-@pytest.mark.parametrize("wait", [True, False])
-def test_the_disk_is_told_to_begin_or_waited_for_in_the_middle_of_a_save(wait, url, monkeypatch):
-    monkeypatch.setattr(folder_module, "_START_WRITING", 1 << 20)
-    monkeypatch.setattr(folder_module, "_MOST_UNWRITTEN", 1 << 20)
-    calls = Counter()
-    for name in ("posix_fadvise", "fdatasync"):
-        original = getattr(os, name)
-        monkeypatch.setattr(os, name, lambda *a, n=name, o=original: (calls.update([n]), o(*a))[1])
-    with Store(url) as store:
-        store.save(state(rows=900), step=1, wait=wait)  # 3.2 MB, by this process
-        store.wait()
-        same(state(rows=900), store.load_newest().state)
-    assert calls == ({"posix_fadvise": 3} if wait else {"fdatasync": 3})
-
-
 @pytest.mark.parametrize("form", ["store", "file"])
 def test_what_is_not_read_back_as_it_was_written_replaces_nothing(form, tmp_path, monkeypatch):
     def content(step: int) -> dict:
@@ -284,7 +269,7 @@ def test_a_rank_without_memory_for_the_copy_writes_at_once_and_says_so(url, monk
 def test_a_full_disk_is_a_warning_and_loses_nothing(url, monkeypatch):
     from trainer.checkpoint.folder import Folder
 
-    def full(self, name, blocks, **how):
+    def full(self, name, blocks):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with Store(url) as store:
@@ -302,7 +287,7 @@ def test_a_full_disk_is_a_warning_and_loses_nothing(url, monkeypatch):
 def test_closing_tells_of_the_save_that_nobody_awaited_and_of_no_other(url, monkeypatch):
     from trainer.checkpoint.folder import Folder
 
-    def broken(self, name, blocks, **how):
+    def broken(self, name, blocks):
         raise OSError(errno.EIO, "Input/output error")
 
     store, second = Store(url), Store(url)

@@ -39,12 +39,12 @@ def failing(monkeypatch, code: int, *numbers: int) -> None:
     """Make the writes of these numbers fail; every save of a file is one."""
     original, count = Folder.write_blocks, 0
 
-    def write_blocks(self, name, blocks, **how):
+    def write_blocks(self, name, blocks):
         nonlocal count
         count += 1
         if count in numbers:
             raise OSError(code, os.strerror(code))
-        return original(self, name, blocks, **how)
+        return original(self, name, blocks)
 
     monkeypatch.setattr(Folder, "write_blocks", write_blocks)
 
@@ -64,9 +64,9 @@ def test_an_error_of_the_writer_is_raised_at_the_next_step(boring, data, quiet, 
 def test_saves_that_come_faster_than_they_are_written_wait_and_say_so_once(boring, data, quiet, tmp_path, monkeypatch):
     original, waiting = Folder.write_blocks, threading.Event()
 
-    def write_blocks(self, name, blocks, **how):
+    def write_blocks(self, name, blocks):
         assert waiting.wait(20)
-        return original(self, name, blocks, **how)
+        return original(self, name, blocks)
 
     def waits(self):
         waiting.set()
@@ -154,15 +154,15 @@ from trainer.checkpoint.background import Background
 from trainer.checkpoint.folder import Folder
 from trainer.saves import Saves
 original = Folder.write_blocks
-def write_blocks(self, name, blocks, **how):
+def write_blocks(self, name, blocks):
     if sys.argv[2] in name:  # half of it, and then no more
         def half():
             block = next(iter(blocks))
             yield block[: len(block) // 2]
             print("HALF", flush=True)
             threading.Event().wait()
-        return original(self, name, half(), **how)
-    return original(self, name, blocks, **how)
+        return original(self, name, half())
+    return original(self, name, blocks)
 def at_stop(self):
     print("STOPPING", flush=True)
     return to_stop(self)

@@ -154,7 +154,7 @@ class Background:
             # The process has the old copy mapped.
             self._process.close()
             self._snapshot.close()
-            written = Outcome.of(lambda: task.write(Content(state.blocks(), awaited=True)))
+            written = Outcome.of(lambda: task.write(Content(state.blocks())))
             self._pending = self._newest = _Pending(saved, task, began, self._thread)
             self._thread.start_written(task, written)
         self._pending.saved = replace(saved, stall_s=time.monotonic() - began)
@@ -176,7 +176,7 @@ class Background:
         Raises:
             CheckpointWriteError: on every rank.
         """
-        written = Outcome.of(lambda: task.write(Content(state.blocks(), awaited=True)))
+        written = Outcome.of(lambda: task.write(Content(state.blocks())))
         try:
             self._settle(written, lambda: Outcome.of(task.finish), saved.path)
         except CheckpointWriteError:

@@ -26,10 +26,8 @@ if TYPE_CHECKING:
 
     from trainer.checkpoint.manifest import Stretch
 
-# Bytes after which the disk is told to start, where that is wanted early.
+# Bytes after which the disk is told to start.
 _START_WRITING = 16 << 20
-# Else so many wait in the cache at most, and the writer for them. (The kernel begins at a tenth of the memory.)
-_MOST_UNWRITTEN = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -131,12 +129,8 @@ class Folder:
                 return file.read()
         return bytes(self.fs.cat_file(f"{self.path}/{name}"))
 
-    def write_blocks(self, name: str, blocks: Iterable[memoryview], *, early: bool = False) -> int:
+    def write_blocks(self, name: str, blocks: Iterable[memoryview]) -> int:
         """Write a new file and make it durable; returns its size. It must not exist.
-
-        early: the disk works while the next blocks are copied into the cache. It is over in two thirds of the time, but
-        the kernel's threads run beside this one: together they take more than one core, and a training step now and
-        then waits 4 to 8 ms for its own. Without it they take turns.
 
         Raises:
             OSError: it failed, or the file is shorter than what was written. What is left is not whole.
@@ -150,11 +144,9 @@ class Folder:
             for block in blocks:
                 _write_all(descriptor, block)
                 written += len(block)
-                if early and written - started >= _START_WRITING:
+                if written - started >= _START_WRITING:
+                    # Starts the disk on what is in the cache, so that little is left for fsync.
                     os.posix_fadvise(descriptor, started, written - started, os.POSIX_FADV_DONTNEED)
-                    started = written
-                elif written - started >= _MOST_UNWRITTEN:
-                    os.fdatasync(descriptor)
                     started = written
             os.fsync(descriptor)
         finally:

@@ -36,14 +36,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Content:
-    """What a rank writes: its bytes, cut at BLOCK.
-
-    descriptor: of the memory file that holds just them, if one does. awaited: training stands still meanwhile.
-    """
+    """What a rank writes: its bytes, cut at BLOCK. descriptor: of the memory file that holds just them, if one does."""
 
     blocks: Iterable[memoryview]
     descriptor: int | None = None
-    awaited: bool = False
 
 
 def write_part(folder: Folder, record: Record, content: Content) -> None:
@@ -64,7 +60,7 @@ def write_part(folder: Folder, record: Record, content: Content) -> None:
         for stretch in record.stretches:
             hashed = _hashed(_of_stretch(blocks, stretch.size), checksums)
             if content.descriptor is None or folder.local:
-                folder.write_blocks(stretch.name, hashed, early=content.awaited)
+                folder.write_blocks(stretch.name, hashed)
             else:
                 _exhaust(hashed)
         checked = False
